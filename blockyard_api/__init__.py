@@ -1,0 +1,1 @@
+"""The unprivileged daemon, its relay and the command line `by`."""

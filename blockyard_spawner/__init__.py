@@ -1,0 +1,1 @@
+"""The root helper: spawns, stops and lists workers, and does nothing else."""
