@@ -1,0 +1,136 @@
+"""The only place where objects are built and wired together."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from blockyard_api.apps.catalog import Catalog
+from blockyard_api.backends.spawner import Spawner
+from blockyard_api.bundles.deploy import Deployments
+from blockyard_api.errors import BlockyardError
+from blockyard_api.host import units
+from blockyard_api.host.notify import ServiceManager
+from blockyard_api.http import application
+from blockyard_api.http.services import Services
+from blockyard_api.identity.tokens import Tokens
+from blockyard_api.relay.server import Relay
+from blockyard_api.sessions.address import Addresses
+from blockyard_api.sessions.gate import AppGate
+from blockyard_api.sessions.registry import Session, Sessions
+from blockyard_api.settings import Settings
+from blockyard_api.store import database
+from blockyard_api.workers.fleet import Fleet
+from blockyard_api.workers.log import Logs
+
+_ADOPT_AGAIN = (0.2, 1.0, 2.0, 5.0, 10.0)  # seconds; the last repeats for as long as there is no spawner
+_CLEAN_EVERY = 3600.0  # seconds
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What `main` serves."""
+
+    control_plane: FastAPI
+    relay: Relay
+
+
+def prepare_state(state_dir: Path) -> None:
+    """Make the directories below the state directory, with their modes.
+
+    A worker's uid passes through those with 0711 and lists none of them (facts: bwrap resolves a descriptor's path as
+    the worker's uid); the names below are unguessable.
+    """
+    modes = {"": 0o711, "bundles": 0o711, "libraries": 0o711, "uploads": 0o700, "logs": 0o700}
+    for name, mode in modes.items():
+        directory = state_dir / name
+        directory.mkdir(mode=mode, exist_ok=True)
+        directory.chmod(mode)  # UMask= has masked what mkdir was told
+
+
+def database_path(settings: Settings) -> Path:
+    """Return where the database is."""
+    return Path(settings.database.path or f"{settings.storage.state_dir}/blockyard.db")
+
+
+@asynccontextmanager
+async def running(settings: Settings, manager: ServiceManager, log_pipes: dict[str, int]) -> AsyncIterator[Built]:
+    """Build everything, keep it running, and take it down again with the workers left alive."""
+    state_dir = Path(settings.storage.state_dir)
+    prepare_state(state_dir)
+    async with database.opened(database_path(settings)) as store, asyncio.TaskGroup() as tasks:
+        spawner = Spawner(settings.process.spawner_socket, units.revive_spawner)
+        logs = Logs(state_dir / "logs")
+        catalog = Catalog(store)
+        await catalog.load()
+        fleet = Fleet(settings, catalog, store, spawner, logs, manager, tasks)
+        sessions = Sessions(settings.proxy, fleet, store)
+
+        def token_revoked(token_id: str) -> None:
+            def opened_with_it(session: Session) -> bool:
+                return session.token_id == token_id
+
+            sessions.drop_where(opened_with_it)
+
+        tokens = Tokens(store, token_revoked)
+        addresses = Addresses.parse(settings.proxy.public_url)
+        deployments = Deployments(settings.storage, catalog, fleet, store, tasks)
+        await deployments.recover()
+        relay = Relay(
+            AppGate(addresses, catalog, sessions, fleet, tokens), trusted_proxies=settings.server.trusted_proxies
+        )
+        services = Services(settings, store, tokens, catalog, fleet, sessions, deployments, spawner, logs, addresses)
+        adopting = tasks.create_task(_adopt(fleet, sessions, log_pipes))
+        keeping = tasks.create_task(_keep_house(settings, fleet, sessions, catalog, deployments, logs))
+        try:
+            yield Built(application.build(services), relay)
+        finally:
+            fleet.detach()
+            await relay.close(settings.server.shutdown_timeout)
+            with suppress(BlockyardError):  # a full disk must not keep the daemon from ending
+                await sessions.save()
+            for task in (adopting, keeping, *fleet.lives()):
+                task.cancel()
+            spawner.close()
+
+
+async def _adopt(fleet: Fleet, sessions: Sessions, log_pipes: dict[str, int]) -> None:
+    for attempt in range(10**9):
+        try:
+            await fleet.adopt(log_pipes)
+            await sessions.adopt()
+        except BlockyardError as error:
+            log.warning("workers of an earlier run are not taken over yet: %s", error.message)
+        else:
+            return
+        await asyncio.sleep(_ADOPT_AGAIN[min(attempt, len(_ADOPT_AGAIN) - 1)])
+
+
+async def _keep_house(
+    settings: Settings, fleet: Fleet, sessions: Sessions, catalog: Catalog, deployments: Deployments, logs: Logs
+) -> None:
+    """Do what is due now and then: end idle workers, save sessions, retry warm slots, delete what is old."""
+    loop = asyncio.get_running_loop()
+    period = min(settings.proxy.health_interval, settings.proxy.idle_worker_timeout / 2)
+    clean_at = loop.time()
+    await fleet.adopted.wait()
+    while True:
+        try:
+            fleet.end_idle()
+            for app in catalog.all():
+                fleet.reconcile(app)
+            await sessions.save()
+            await fleet.sweep()
+            if loop.time() >= clean_at:
+                clean_at = loop.time() + _CLEAN_EVERY
+                await logs.prune(settings.proxy.log_retention)
+                await deployments.purge_deleted()
+        except BlockyardError as error:
+            log.warning("housekeeping is put off: %s", error.message)
+        await asyncio.sleep(period)

@@ -1,0 +1,1 @@
+"""What runs workers, seen from the API: a spawner's socket, and each worker's own."""

@@ -1,0 +1,70 @@
+"""The way to one worker's socket: opened without following links, its peer compared with the uid the spawner gave.
+
+The worker owns the directory, so what stands there under the socket's name may be anything (architecture: a worker is
+not trusted by the API).
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import stat
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from blockyard_api.relay.gate import UpstreamError
+
+SOCKET_NAME = "app.sock"
+
+
+class NotListening(UpstreamError):
+    """The socket is not there or nobody accepts on it: not yet, or not any more."""
+
+
+class Impostor(UpstreamError):
+    """What stands at the socket's name is not this worker's socket."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class WorkerSocket:
+    """One worker's socket; `betrayed` hears once an impostor was met there."""
+
+    directory: str
+    uid: int
+    betrayed: Callable[[str], None]
+
+    async def connect(self) -> socket.socket:
+        """Return a connected, verified, non-blocking socket. Raises NotListening or Impostor."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            await self._connect(sock)
+        except Impostor as error:
+            sock.close()
+            self.betrayed(str(error))
+            raise
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    async def _connect(self, sock: socket.socket) -> None:
+        with contextlib.ExitStack() as opened:
+            try:
+                directory = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                opened.callback(os.close, directory)
+                node = os.open(SOCKET_NAME, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+                opened.callback(os.close, node)
+            except OSError as error:
+                raise NotListening(f"the worker's socket cannot be opened: {error.strerror}") from error
+            if not stat.S_ISSOCK(os.fstat(node).st_mode):
+                raise Impostor("the worker put something else in its socket's place")
+            try:
+                # through the descriptor: the name could be swapped between the check and the connect
+                await asyncio.get_running_loop().sock_connect(sock, f"/proc/self/fd/{node}")
+            except OSError as error:
+                raise NotListening(f"the worker does not accept connections: {error.strerror}") from error
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _, uid, _ = struct.unpack("3i", credentials)
+        if uid != self.uid:
+            raise Impostor(f"the socket belongs to uid {uid}, not to the worker's {self.uid}")

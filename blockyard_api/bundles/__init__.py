@@ -1,0 +1,1 @@
+"""Bundles: what a deployer sends, made safe to keep and to run."""

@@ -1,0 +1,78 @@
+"""Turns an uploaded archive into a bundle's directory, whole or not at all, without parsing a byte of it here."""
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from blockyard_api.bundles.unpack import BundleInfo, BundleRefused
+
+__all__ = ["BundleInfo", "BundleRefused", "unpack"]
+
+TIME_LIMIT = 300.0  # seconds; 2 GB take about 20
+MAX_VERDICT = 65536
+
+
+async def unpack(archive: Path, destination: Path) -> BundleInfo:
+    """Unpack `archive` so that `destination`, which must not exist, appears complete and durable, or not at all.
+
+    A directory beside the destination is used meanwhile. Raises BundleRefused.
+    """
+    staging = destination.with_name(f".{destination.name}.staging")
+    await asyncio.to_thread(_make_empty, staging)
+    try:
+        verdict = await _run(archive, staging)
+        await asyncio.to_thread(_publish, staging / verdict["top"], destination)
+        return BundleInfo(**verdict["info"])
+    finally:
+        await asyncio.shield(asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True))
+
+
+def _make_empty(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o755)
+    except FileExistsError:  # left by an unpacking that a power cut ended
+        shutil.rmtree(directory)
+        directory.mkdir(mode=0o755)
+
+
+def _publish(tree: Path, destination: Path) -> None:
+    tree.chmod(0o755)  # whatever the umask was: workers read it as their own uid
+    tree.rename(destination)
+    parent = os.open(destination.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+async def _run(archive: Path, staging: Path) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-I", "-m", "blockyard_api.bundles.unpack", str(archive), str(staging),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, limit=MAX_VERDICT,
+        env={"LANG": "C.UTF-8"}, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(TIME_LIMIT):
+            line = await process.stdout.readline()
+            await process.wait()
+    except TimeoutError as error:
+        raise BundleRefused(
+            "too_complex", "The archive takes too long to unpack; leave out what the app can do without."
+        ) from error
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if not line:  # killed by a limit, or by the kernel for want of memory
+        raise BundleRefused(
+            "too_complex", "The archive takes too much to unpack; leave out what the app can do without."
+        )
+    verdict: dict[str, Any] = json.loads(line)
+    if refused := verdict.get("refused"):
+        raise BundleRefused(refused["code"], refused["message"])
+    return verdict

@@ -1,0 +1,246 @@
+"""Deployments: an uploaded archive becomes a bundle, the bundle becomes what the app serves, old ones are pruned."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import delete, insert, select, update
+
+from blockyard_api.apps.catalog import App, Catalog
+from blockyard_api.bundles.archive import BundleRefused, unpack
+from blockyard_api.clock import rfc3339
+from blockyard_api.errors import BlockyardError, Conflict, NotFound, OutOfSpace, TooLarge
+from blockyard_api.settings import Storage
+from blockyard_api.store.database import Database
+from blockyard_api.store.tables import bundles, tasks
+from blockyard_api.workers.fleet import Fleet
+
+DELETED_APPS_KEPT = 30 * 86400.0  # seconds
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """One upload of an app."""
+
+    id: str
+    app_id: str
+    status: str  # pending, building, ready or failed
+    uploaded_at: float
+    deployed_at: float | None
+    deployed_by: str
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A deployment's progress."""
+
+    id: str
+    app_id: str
+    status: str  # running, completed or failed
+    created_at: float
+    log: str
+
+
+class Deployments:
+    """Receives, unpacks, activates and prunes bundles."""
+
+    def __init__(
+        self, settings: Storage, catalog: Catalog, fleet: Fleet, database: Database, group: asyncio.TaskGroup
+    ) -> None:
+        self._settings = settings
+        self._catalog = catalog
+        self._fleet = fleet
+        self._database = database
+        self._group = group
+        self._uploads = Path(settings.state_dir) / "uploads"
+        self._bundles = Path(settings.state_dir) / "bundles"
+        self._changed: dict[str, asyncio.Event] = {}
+
+    async def receive(self, app: App, body: AsyncIterator[bytes], announced: int | None, by: str) -> tuple[str, str]:
+        """Take an upload in and start its deployment; return the ids of bundle and task.
+
+        Raises TooLarge or OutOfSpace; nothing is kept then.
+        """
+        if announced is not None and announced > self._settings.max_bundle_size:
+            raise self._too_large()
+        bundle_id, task_id = secrets.token_hex(16), secrets.token_hex(16)
+        archive = self._uploads / bundle_id
+        try:
+            await self._write(archive, body)
+            await self._register(app, bundle_id, task_id, by)
+        except BaseException:
+            archive.unlink(missing_ok=True)
+            raise
+        self._changed[task_id] = asyncio.Event()
+        self._group.create_task(self._deploy(app.id, bundle_id, task_id, archive))
+        return bundle_id, task_id
+
+    async def _write(self, archive: Path, body: AsyncIterator[bytes]) -> None:
+        size = 0
+        try:
+            with archive.open("xb") as file:
+                async for chunk in body:
+                    size += len(chunk)
+                    if size > self._settings.max_bundle_size:
+                        raise self._too_large()
+                    await asyncio.to_thread(file.write, chunk)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise OutOfSpace(
+                    "disk_full", "The server's disk is full; free space in the state directory and try again."
+                ) from error
+            raise
+
+    async def _register(self, app: App, bundle_id: str, task_id: str, by: str) -> None:
+        now = time.time()
+        bundle = {"id": bundle_id, "app_id": app.id, "status": "pending", "uploaded_at": now, "deployed_by": by}
+        task = {"id": task_id, "app_id": app.id, "status": "running", "created_at": now, "log": ""}
+        async with self._database.begin() as connection:
+            await connection.execute(insert(bundles).values(**bundle, pinned=False))
+            await connection.execute(insert(tasks).values(**task))
+
+    def _too_large(self) -> TooLarge:
+        limit = self._settings.max_bundle_size >> 20
+        return TooLarge("bundle_too_large", f"A bundle may have {limit} MB; leave out data, or raise max_bundle_size.")
+
+    async def _deploy(self, app_id: str, bundle_id: str, task_id: str, archive: Path) -> None:
+        try:
+            await self._say(task_id, "Unpacking the bundle.")
+            await self._set_status(bundle_id, "building")
+            info = await unpack(archive, self._bundles / bundle_id)
+            await self._say(task_id, f"Unpacked {info.files} files, {info.size} bytes; entry point {info.entry}.")
+            await self._set_status(bundle_id, "ready")
+            await self._activate(self._catalog.get(app_id), bundle_id)
+            await self._prune(app_id)
+            await self._say(task_id, "The app serves this bundle now.", status="completed")
+        except (BundleRefused, BlockyardError) as error:  # or the app was deleted meanwhile, or the disk is full
+            await self._fail(bundle_id, task_id, error.message)
+        except OSError as error:
+            log.exception("deployment of bundle %s", bundle_id)
+            await self._fail(bundle_id, task_id, f"The server could not store the bundle: {error.strerror}.")
+        finally:
+            await asyncio.to_thread(archive.unlink, missing_ok=True)
+            self._changed.pop(task_id, asyncio.Event()).set()
+
+    async def _fail(self, bundle_id: str, task_id: str, message: str) -> None:
+        await asyncio.to_thread(shutil.rmtree, self._bundles / bundle_id, ignore_errors=True)
+        try:
+            await self._set_status(bundle_id, "failed")
+            await self._say(task_id, message, status="failed")
+        except OutOfSpace:  # `recover` tells it at the next start
+            log.exception("deployment of bundle %s failed (%s), and that could not be stored", bundle_id, message)
+
+    async def _set_status(self, bundle_id: str, status: str) -> None:
+        async with self._database.begin() as connection:
+            await connection.execute(update(bundles).where(bundles.c.id == bundle_id).values(status=status))
+
+    async def _say(self, task_id: str, sentence: str, status: str = "running") -> None:
+        line = f"{rfc3339(time.time())} {sentence}\n"
+        async with self._database.begin() as connection:
+            change = update(tasks).where(tasks.c.id == task_id).values(log=tasks.c.log + line, status=status)
+            await connection.execute(change)
+        if task_id in self._changed:
+            changed, self._changed[task_id] = self._changed[task_id], asyncio.Event()
+            changed.set()
+
+    async def _activate(self, app: App, bundle_id: str) -> App:
+        app = await self._catalog.change(app, {"active_bundle": bundle_id})
+        async with self._database.begin() as connection:
+            await connection.execute(update(bundles).where(bundles.c.id == bundle_id).values(deployed_at=time.time()))
+        self._fleet.settle(app)
+        self._fleet.reconcile(app)
+        return app
+
+    async def rollback(self, app: App, bundle_id: str | None) -> App:
+        """Serve an earlier bundle: the one named, or the last that was served before. Raises NotFound or Conflict."""
+        ready = [bundle for bundle in await self.list(app) if bundle.status == "ready"]
+        if bundle_id is None:
+            earlier = [bundle for bundle in ready if bundle.deployed_at and bundle.id != app.active_bundle]
+            if not earlier:
+                raise Conflict("no_earlier_bundle", "There is no earlier bundle to go back to.")
+            return await self._activate(app, max(earlier, key=lambda bundle: bundle.deployed_at or 0).id)
+        if bundle_id not in {bundle.id for bundle in ready}:
+            raise NotFound("not_found", "This app has no such bundle that is ready; 'by bundles' names them.")
+        return await self._activate(app, bundle_id)
+
+    async def list(self, app: App) -> list[Bundle]:
+        """Return an app's bundles, newest first."""
+        query = select(bundles).where(bundles.c.app_id == app.id).order_by(bundles.c.uploaded_at.desc())
+        async with self._database.begin() as connection:
+            return [Bundle(**row._mapping) for row in (await connection.execute(query)).all()]
+
+    async def task(self, task_id: str) -> Task:
+        """Return a deployment's progress. Raises NotFound."""
+        async with self._database.begin() as connection:
+            row = (await connection.execute(select(tasks).where(tasks.c.id == task_id))).first()
+        if row is None:
+            raise NotFound("not_found", "There is no such task.")
+        return Task(**row._mapping)
+
+    async def follow(self, task_id: str) -> AsyncIterator[str]:
+        """Yield a task's log as it grows, until the task is over."""
+        sent = 0
+        while True:
+            changed = self._changed.get(task_id)
+            task = await self.task(task_id)
+            if len(task.log) > sent:
+                yield task.log[sent:]
+                sent = len(task.log)
+            if task.status != "running" or changed is None:
+                return
+            await changed.wait()
+
+    async def _prune(self, app_id: str) -> None:
+        """Delete the oldest bundles beyond the retention; never the active one, a pinned one, or one in use."""
+        app = self._catalog.get(app_id)
+        in_use = {worker.bundle_id for worker in self._fleet.of(app_id)} | {app.active_bundle}
+        kept = [bundle for bundle in await self.list(app) if bundle.status in ("ready", "failed")]
+        for bundle in kept[self._settings.bundle_retention :]:
+            if bundle.id not in in_use and not bundle.pinned:
+                await self._remove(bundle.id)
+
+    async def _remove(self, bundle_id: str) -> None:
+        await asyncio.to_thread(shutil.rmtree, self._bundles / bundle_id, ignore_errors=True)
+        async with self._database.begin() as connection:
+            await connection.execute(delete(bundles).where(bundles.c.id == bundle_id))
+
+    async def purge_deleted(self) -> None:
+        """Delete what is left of apps that were deleted long ago."""
+        before = time.time() - DELETED_APPS_KEPT
+        for app in await self._catalog.deleted():
+            if app.deleted_at is not None and app.deleted_at < before:
+                for bundle in await self.list(app):
+                    await self._remove(bundle.id)
+        await self._catalog.purge(before)
+
+    async def recover(self) -> None:
+        """Clear up after a death in the middle: half uploads go, half deployments are told as failed."""
+        unfinished = bundles.c.status.in_(["pending", "building"])
+        line = f"{rfc3339(time.time())} The server was restarted meanwhile; deploy again.\n"
+        async with self._database.begin() as connection:
+            await connection.execute(update(bundles).where(unfinished).values(status="failed"))
+            running = update(tasks).where(tasks.c.status == "running")
+            await connection.execute(running.values(status="failed", log=tasks.c.log + line))
+            whole = select(bundles.c.id).where(bundles.c.status == "ready")
+            ready = {row.id for row in await connection.execute(whole)}
+        await asyncio.to_thread(_clear, self._uploads, self._bundles, ready)
+
+
+def _clear(uploads: Path, directory: Path, ready: set[str]) -> None:
+    for path in uploads.iterdir():
+        path.unlink()
+    for path in directory.iterdir():
+        if path.name not in ready:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(path)

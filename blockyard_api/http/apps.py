@@ -1,0 +1,263 @@
+"""Routes of apps: make, find, change, switch, delete, and look at what runs."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import fields
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import StreamingResponse
+from sqlalchemy import select
+
+from blockyard_api.apps.catalog import App
+from blockyard_api.clock import rfc3339
+from blockyard_api.errors import BadRequest, Forbidden, NotFound
+from blockyard_api.host import accounting
+from blockyard_api.http.models import AppBody, AppChanges, AppList, NewApp, Runtime, SessionBody, Stats, WorkerBody
+from blockyard_api.http.services import Caller, OwnApp, Provided, Services, VisibleApp
+from blockyard_api.identity.tokens import Principal
+from blockyard_api.store.tables import workers as workers_table
+from blockyard_api.workers.fleet import Worker
+from blockyard_api.workers.life import State
+
+router = APIRouter(prefix="/api/v1/apps", tags=["apps"])
+
+_ENDED_SHOWN = 20
+_SAMPLE = 0.2  # seconds between the two readings of a CPU counter
+
+
+def _time(seconds: float) -> str:
+    return rfc3339(seconds) or ""
+
+
+def _status(workers: list[Worker]) -> str:
+    if any(worker.state in (State.STARTING, State.ACTIVE) for worker in workers):
+        return "running"
+    return "stopping" if workers else "stopped"
+
+
+def _body(provided: Services, app: App, principal: Principal) -> AppBody:
+    values = {field.name: getattr(app, field.name) for field in fields(app)}
+    return AppBody.model_validate(
+        {
+            **values,
+            "created_at": _time(app.created_at),
+            "updated_at": _time(app.updated_at),
+            "status": _status(provided.fleet.of(app.id)),
+            "tags": [],
+            "relation": provided.catalog.relation(app, principal),
+            "url": provided.addresses.url(app.name),
+        }
+    )
+
+
+@router.post("", status_code=201)
+async def create(new: NewApp, provided: Provided, principal: Caller) -> AppBody:
+    """Make an app; it has no bundle yet and is visible to its owner alone."""
+    if principal.role not in ("admin", "publisher"):
+        raise Forbidden("forbidden", "Your role may not make apps; ask an administrator.")
+    return _body(provided, await provided.catalog.create(new.name, principal.sub), principal)
+
+
+@router.get("")
+async def list_apps(
+    provided: Provided,
+    principal: Caller,
+    search: Annotated[str, Query(max_length=255)] = "",
+    tag: Annotated[str, Query(max_length=255)] = "",
+    *,
+    deleted: bool = False,
+    page: Annotated[int, Query(ge=1, le=1_000_000)] = 1,
+    per_page: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> AppList:
+    """Name the apps the caller may see, or those he deleted lately, in order of name."""
+    relation = provided.catalog.relation
+    if deleted:
+        found = [app for app in await provided.catalog.deleted() if relation(app, principal) in ("admin", "owner")]
+    else:
+        found = [app for app in provided.catalog.all() if relation(app, principal)]
+    wanted = search.lower()
+    found = [app for app in found if not tag and wanted in f"{app.name}\n{app.title}\n{app.description}".lower()]
+    shown = found[(page - 1) * per_page : page * per_page]
+    return AppList(
+        apps=[_body(provided, app, principal) for app in shown], total=len(found), page=page, per_page=per_page
+    )
+
+
+@router.get("/{id}")
+async def get(app: VisibleApp, provided: Provided, principal: Caller) -> AppBody:
+    """Return one app."""
+    return _body(provided, app, principal)
+
+
+@router.patch("/{id}")
+async def change(changes: AppChanges, app: OwnApp, provided: Provided, principal: Caller) -> AppBody:
+    """Change settings; limits count for workers that start from now on."""
+    wanted = changes.model_dump(exclude_unset=True)
+    process = provided.settings.process
+    candidate = App(**{**{field.name: getattr(app, field.name) for field in fields(app)}, **wanted})
+    changed = (
+        await provided.catalog.change(app, wanted)
+        if _within(candidate, process.memory_ceiling, process.cpu_ceiling)
+        else app
+    )
+    if changed.access_type != app.access_type:
+        provided.sessions.drop_where(
+            lambda session: session.app_id == app.id and not _still_allowed(provided, changed, session.user_sub)
+        )
+    provided.fleet.reconcile(changed)
+    return _body(provided, changed, principal)
+
+
+def _within(app: App, memory: int | None, cpu: int | None) -> bool:
+    try:
+        over_memory = memory is not None and (app.memory_bytes or 0) > memory
+        over_cpu = cpu is not None and (app.cpu_thousandths or 0) > cpu
+    except ValueError as error:
+        raise BadRequest("invalid_limit", f"A limit must be {error}.") from error
+    if over_memory or over_cpu:
+        ceiling = f"memory {memory} bytes" if over_memory else f"cpu {(cpu or 0) / 1000:g} cores"
+        raise BadRequest("limit_above_ceiling", f"The server's configuration allows at most {ceiling}.")
+    return True
+
+
+def _still_allowed(provided: Services, app: App, user: str | None) -> bool:
+    return provided.catalog.relation(app, None if user is None else Principal(user, "viewer")) is not None
+
+
+@router.delete("/{id}", status_code=204)
+async def delete(app: OwnApp, provided: Provided) -> Response:
+    """Delete an app and end its workers."""
+    await provided.catalog.delete(app)
+    provided.sessions.drop_where(lambda session: session.app_id == app.id)
+    await provided.fleet.end_all(app, "the app was deleted")
+    return Response(status_code=204)
+
+
+@router.post("/{id}/enable")
+async def enable(app: OwnApp, provided: Provided, principal: Caller) -> AppBody:
+    """Let visitors in again."""
+    return await _switch(app, provided, principal, enabled=True)
+
+
+@router.post("/{id}/disable")
+async def disable(app: OwnApp, provided: Provided, principal: Caller) -> AppBody:
+    """Answer 503 to every visitor and end the app's workers and open WebSockets."""
+    return await _switch(app, provided, principal, enabled=False)
+
+
+async def _switch(app: App, provided: Services, principal: Principal, *, enabled: bool) -> AppBody:
+    changed = await provided.catalog.change(app, {"enabled": enabled})
+    provided.fleet.settle(changed)
+    if not enabled:
+        provided.sessions.drop_where(lambda session: session.app_id == app.id)
+    provided.fleet.reconcile(changed)
+    return _body(provided, changed, principal)
+
+
+@router.get("/{id}/logs", response_class=StreamingResponse, responses={200: {"content": {"text/plain": {}}}})
+async def logs(
+    app: OwnApp,
+    provided: Provided,
+    worker_id: Annotated[str, Query(max_length=64)] = "",
+    *,
+    stream: bool = True,
+) -> StreamingResponse:
+    """Send a worker's log, the newest worker's by default, and go on while it runs."""
+    query = select(workers_table.c.id).where(workers_table.c.app_id == app.id)
+    if worker_id:
+        query = query.where(workers_table.c.id == worker_id)
+    async with provided.database.begin() as connection:
+        newest = await connection.scalar(query.order_by(workers_table.c.started_at.desc()).limit(1))
+    if newest is None and worker_id:
+        raise NotFound("not_found", "This app has no such worker; 'by get --runtime' names them.")
+    log = provided.logs.of(newest) if newest else None
+
+    async def text() -> AsyncIterator[bytes]:
+        if log is not None:
+            async for data in log.read(follow=stream):
+                yield data
+
+    return StreamingResponse(text(), media_type="text/plain; charset=utf-8")
+
+
+@router.get("/{id}/runtime")
+async def runtime(app: OwnApp, provided: Provided) -> Runtime:
+    """Return what the app's workers do, and the last ones that ended."""
+    live = list(provided.fleet.of(app.id))
+    stats = await _stats(live)
+    ended = workers_table.c.status == State.ENDED.value
+    query = select(workers_table).where(workers_table.c.app_id == app.id, ended)
+    async with provided.database.begin() as connection:
+        rows = (await connection.execute(query.order_by(workers_table.c.ended_at.desc()).limit(_ENDED_SHOWN))).all()
+    views = await provided.sessions.views(app)
+    bundles = await provided.deployments.list(app)
+    return Runtime(
+        workers=[_live(provided, worker, stats[worker.id]) for worker in live]
+        + [
+            WorkerBody(
+                id=row.id,
+                bundle_id=row.bundle_id,
+                status="ended",
+                started_at=_time(row.started_at),
+                idle_since=None,
+                ended_at=rfc3339(row.ended_at),
+                end_reason=row.end_reason,
+                stats=None,
+                sessions=[],
+            )
+            for row in rows
+        ],
+        active_sessions=sum(1 for worker in live for session in provided.sessions.of(worker) if session.sockets),
+        total_views=views.total,
+        recent_views=views.recent,
+        unique_visitors=views.visitors,
+        last_deployed_at=rfc3339(max((bundle.deployed_at or 0 for bundle in bundles), default=0) or None),
+    )
+
+
+def _live(provided: Services, worker: Worker, stats: Stats) -> WorkerBody:
+    shown = {State.STARTING: "starting", State.ACTIVE: "active"}.get(worker.state, "draining")
+    return WorkerBody.model_validate(
+        {
+            "id": worker.id,
+            "bundle_id": worker.bundle_id,
+            "status": shown,
+            "started_at": _time(worker.started_at),
+            "idle_since": rfc3339(worker.idle_since),
+            "ended_at": None,
+            "end_reason": None,
+            "stats": stats,
+            "sessions": [
+                SessionBody(
+                    user=session.user_sub, started_at=_time(session.created_at), websockets=session.open_on(worker)
+                )
+                for session in provided.sessions.of(worker)
+            ],
+        }
+    )
+
+
+async def _stats(workers: list[Worker]) -> dict[str, Stats]:
+    mount = accounting.cgroup2_mount()
+    nothing = accounting.Usage(None, None, None)
+
+    def read() -> dict[str, accounting.Usage]:
+        return {w.id: accounting.usage(mount, w.cgroup) if mount and w.cgroup else nothing for w in workers}
+
+    if not workers:
+        return {}
+    before = await asyncio.to_thread(read)
+    await asyncio.sleep(_SAMPLE)
+    after = await asyncio.to_thread(read)
+    result = {}
+    for worker in workers:
+        first, second = before[worker.id].cpu_usec, after[worker.id].cpu_usec
+        percent = None if first is None or second is None else round((second - first) / _SAMPLE / 10_000, 1)
+        use = after[worker.id]
+        result[worker.id] = Stats(
+            cpu_percent=percent,
+            memory_usage_bytes=use.memory,
+            memory_limit_bytes=use.memory_limit or worker.memory_limit,
+        )
+    return result

@@ -1,0 +1,249 @@
+"""The shapes of the HTTP contract."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Text = Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Lines = Annotated[str, StringConstraints(max_length=10_000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f]*$")]
+
+
+class Closed(BaseModel):
+    """A request body: keys that are not named here are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ErrorBody(BaseModel):
+    """What every error looks like."""
+
+    error: str = Field(description="A stable snake_case code")
+    message: str = Field(description="One sentence that says what to do")
+
+
+class NewApp(Closed):
+    """An app to be made."""
+
+    name: Annotated[str, StringConstraints(max_length=255)]
+
+
+class AppChanges(Closed):
+    """Settings to change; null takes a limit back to the server's default."""
+
+    name: Annotated[str, StringConstraints(max_length=255)] = ""
+    title: Text = ""
+    description: Lines = ""
+    access_type: Literal["public", "logged_in", "acl"] = "acl"
+    max_workers_per_app: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    max_sessions_per_worker: Annotated[int, Field(ge=1, le=10_000)] = 1
+    memory_limit: Annotated[str, StringConstraints(max_length=16)] | None = None
+    cpu_limit: Annotated[float, Field(gt=0, le=1024)] | None = None
+    pre_warmed_sessions: Annotated[int, Field(ge=0, le=1000)] = 0
+    network: Literal["host", "none"] | None = None
+    scratch_copy: bool = False
+    refresh_schedule: Literal[""] = Field("", description="Scheduled refreshes are not available yet")
+
+
+class AppBody(BaseModel):
+    """An app as its callers see it."""
+
+    id: str
+    name: str
+    owner: str
+    access_type: str
+    active_bundle: str | None
+    max_workers_per_app: int | None
+    max_sessions_per_worker: int
+    memory_limit: str | None
+    cpu_limit: float | None
+    title: str
+    description: str
+    pre_warmed_sessions: int
+    network: str | None
+    scratch_copy: bool
+    enabled: bool
+    refresh_schedule: str
+    created_at: str
+    updated_at: str
+    status: Literal["running", "stopped", "stopping"]
+    tags: list[str]
+    relation: str
+    url: str
+
+
+class AppList(BaseModel):
+    """One page of apps."""
+
+    apps: list[AppBody]
+    total: int
+    page: int
+    per_page: int
+
+
+class Accepted(BaseModel):
+    """An upload that was taken in."""
+
+    bundle_id: str
+    task_id: str
+
+
+class BundleBody(BaseModel):
+    """One upload of an app."""
+
+    id: str
+    app_id: str
+    status: Literal["pending", "building", "ready", "failed"]
+    uploaded_at: str
+    deployed_by: str
+    pinned: bool
+
+
+class BundleList(BaseModel):
+    """All uploads of an app."""
+
+    bundles: list[BundleBody]
+
+
+class Rollback(Closed):
+    """Which bundle to serve again; without one, the last that was served before."""
+
+    bundle_id: Annotated[str, StringConstraints(max_length=64)] | None = None
+
+
+class TaskBody(BaseModel):
+    """A deployment's progress."""
+
+    id: str
+    status: Literal["running", "completed", "failed"]
+    created_at: str
+
+
+class SessionBody(BaseModel):
+    """A visitor on a worker."""
+
+    user: str | None
+    started_at: str
+    websockets: int
+
+
+class Stats(BaseModel):
+    """What a worker uses; null where it is not measured."""
+
+    cpu_percent: float | None
+    memory_usage_bytes: int | None
+    memory_limit_bytes: int | None
+
+
+class WorkerBody(BaseModel):
+    """A worker, running or ended."""
+
+    id: str
+    bundle_id: str
+    status: Literal["starting", "active", "draining", "ended"]
+    started_at: str
+    idle_since: str | None
+    ended_at: str | None
+    end_reason: str | None
+    stats: Stats | None
+    sessions: list[SessionBody]
+
+
+class Runtime(BaseModel):
+    """What an app's workers do, and how often it is opened."""
+
+    workers: list[WorkerBody]
+    active_sessions: int
+    total_views: int
+    recent_views: int
+    unique_visitors: int
+    last_deployed_at: str | None
+
+
+class UserBody(BaseModel):
+    """The caller."""
+
+    sub: str
+    email: str
+    name: str
+    role: str
+
+
+class NewToken(Closed):
+    """A token to be made."""
+
+    name: Text = "token"
+    expires_in_days: Annotated[int, Field(ge=1, le=366)] = 90
+
+
+class TokenBody(BaseModel):
+    """A token, without its plain text."""
+
+    id: str
+    name: str
+    created_at: str
+    expires_at: str
+    last_used_at: str | None
+
+
+class TokenList(BaseModel):
+    """All tokens of a user."""
+
+    tokens: list[TokenBody]
+
+
+class PlainToken(TokenBody):
+    """A token with its plain text, which is shown this once."""
+
+    token: str
+
+
+class Bootstrap(Closed):
+    """The one-time token that `blockyard-api token --bootstrap` made."""
+
+    token: Annotated[str, StringConstraints(max_length=255)]
+
+
+class Ready(BaseModel):
+    """Whether the server can serve; the checks are for authenticated callers."""
+
+    status: Literal["ready", "not_ready"]
+    checks: dict[str, str] | None = None
+
+
+class SpawnerBody(BaseModel):
+    """What is known of the spawner."""
+
+    connected: bool
+    version: int | None
+    unprivileged: bool | None
+    uids_free: int | None
+    uids_total: int | None
+    controllers: list[str]
+
+
+class WorkerCount(BaseModel):
+    """How many workers there are and may be."""
+
+    running: int
+    max: int
+
+
+class UnitBody(BaseModel):
+    """The systemd unit that holds all workers."""
+
+    control_group: str
+    memory_max: int | None
+    memory_current: int | None
+    tasks_max: int | None
+    tasks_current: int | None
+    cpu_quota: float | None
+
+
+class SystemStatus(BaseModel):
+    """The server at a glance."""
+
+    version: str
+    backend: str
+    spawner: SpawnerBody
+    workers: WorkerCount
+    unit: UnitBody | None

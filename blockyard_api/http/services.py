@@ -1,0 +1,95 @@
+"""What the routes work with, and who calls them."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from blockyard_api.apps.catalog import App, Catalog
+from blockyard_api.backends.spawner import Spawner
+from blockyard_api.bundles.deploy import Deployments
+from blockyard_api.errors import Forbidden, NotFound, Unauthorized
+from blockyard_api.identity.tokens import Principal, Tokens
+from blockyard_api.sessions.address import Addresses
+from blockyard_api.sessions.registry import Sessions
+from blockyard_api.settings import Settings
+from blockyard_api.store.database import Database
+from blockyard_api.workers.fleet import Fleet
+from blockyard_api.workers.log import Logs
+
+_MAY_CHANGE = frozenset({"admin", "owner", "collaborator"})
+_bearer = HTTPBearer(auto_error=False, scheme_name="token", description="An access token, by_…")
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything the control plane can do, built by `blockyard_api.app`."""
+
+    settings: Settings
+    database: Database
+    tokens: Tokens
+    catalog: Catalog
+    fleet: Fleet
+    sessions: Sessions
+    deployments: Deployments
+    spawner: Spawner
+    logs: Logs
+    addresses: Addresses
+
+
+def services(request: Request) -> Services:
+    """Return what this application was built with."""
+    built: Services = request.app.state.services
+    return built
+
+
+async def visitor(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> Principal | None:
+    """Return who calls, or None for nobody; a wrong token is an error all the same."""
+    if credentials is None:
+        return None
+    return await services(request).tokens.authenticate(credentials.credentials)
+
+
+def caller(principal: Annotated[Principal | None, Depends(visitor)]) -> Principal:
+    """Return who calls. Raises Unauthorized."""
+    if principal is None:
+        raise Unauthorized("unauthorized", "Send an access token as 'Authorization: Bearer …'; 'by login' keeps one.")
+    return principal
+
+
+def visible_app(request: Request, id: str, principal: Annotated[Principal, Depends(caller)]) -> App:  # noqa: A002 - the contract's name
+    """Return the app of the path, if the caller may see it. Raises NotFound."""
+    catalog = services(request).catalog
+    app = catalog.find(id)
+    if app is None or catalog.relation(app, principal) is None:
+        raise NotFound("not_found", "There is no such app; 'by list' names those you may see.")
+    return app
+
+
+def own_app(
+    request: Request,
+    app: Annotated[App, Depends(visible_app)],
+    principal: Annotated[Principal, Depends(caller)],
+) -> App:
+    """Return the app of the path, if the caller may change it. Raises NotFound or Forbidden."""
+    if services(request).catalog.relation(app, principal) not in _MAY_CHANGE:
+        raise Forbidden("forbidden", "Only the app's owner, a collaborator or an administrator may do this.")
+    return app
+
+
+def administrator(principal: Annotated[Principal, Depends(caller)]) -> Principal:
+    """Return who calls, if it is an administrator. Raises Forbidden."""
+    if not principal.is_admin:
+        raise Forbidden("forbidden", "Only an administrator may do this.")
+    return principal
+
+
+Provided = Annotated[Services, Depends(services)]
+Caller = Annotated[Principal, Depends(caller)]
+Visitor = Annotated[Principal | None, Depends(visitor)]
+Administrator = Annotated[Principal, Depends(administrator)]
+VisibleApp = Annotated[App, Depends(visible_app)]
+OwnApp = Annotated[App, Depends(own_app)]

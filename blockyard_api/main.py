@@ -1,0 +1,138 @@
+"""Entry point of `blockyard-api`: serve, or make tokens."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from blockyard_api import app, settings
+from blockyard_api.errors import BlockyardError
+from blockyard_api.host.notify import ServiceManager, take_passed
+from blockyard_api.identity.tokens import Tokens
+from blockyard_api.settings import Settings
+from blockyard_api.store import database
+from blockyard_spawner.config import DEFAULT_PATH, ConfigError
+
+_BACKLOG = 2048
+
+log = logging.getLogger("blockyard_api")
+
+
+def main() -> None:
+    """Run the daemon, or one of its sub-commands; exit status 2 for a wrong configuration, 1 for any other failure."""
+    arguments = _arguments()
+    try:
+        configured = settings.load(arguments.config, os.environ)
+        if arguments.command == "token":
+            print(uvloop.run(_token(configured, bootstrap=arguments.bootstrap)))  # noqa: T201 - its whole purpose
+        else:
+            logging.basicConfig(level=configured.server.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+            logging.getLogger("aiosqlite").setLevel(logging.WARNING)
+            uvloop.run(_serve(configured))
+    except ConfigError as error:
+        sys.exit(_complain(str(error), 2))
+    except BlockyardError as error:
+        sys.exit(_complain(error.message, 1))
+    except OSError as error:
+        sys.exit(_complain(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1))
+
+
+def _complain(sentence: str, status: int) -> int:
+    print(f"blockyard-api: {sentence}", file=sys.stderr)  # noqa: T201 - the journal, or a person, reads it
+    return status
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="blockyard-api", description="The unprivileged daemon: control plane and relay."
+    )
+    parser.add_argument("--config", default=DEFAULT_PATH, metavar="FILE", help="configuration (default: %(default)s)")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("serve", help="serve (the default)")
+    token = commands.add_parser("token", help="make the first access token, once")
+    which = token.add_mutually_exclusive_group(required=True)
+    which.add_argument("--init", action="store_true", help="write an administrator's token to STATE_DIR/admin-token")
+    which.add_argument("--bootstrap", action="store_true", help="print a one-time token for POST /api/v1/bootstrap")
+    return parser.parse_args()
+
+
+async def _token(configured: Settings, *, bootstrap: bool) -> str:
+    state_dir = Path(configured.storage.state_dir)
+    app.prepare_state(state_dir)
+    async with database.opened(app.database_path(configured)) as store:
+        tokens = Tokens(store)
+        if bootstrap:
+            return await tokens.offer_bootstrap()
+        path = state_dir / "admin-token"
+        plain = await tokens.first_admin()
+    if plain is not None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(plain + "\n")
+    return str(path)
+
+
+async def _serve(configured: Settings) -> None:
+    sockets, log_pipes = take_passed(os.environ)
+    manager = ServiceManager(os.environ.pop("NOTIFY_SOCKET", ""))
+    if sockets:
+        log.info("server.bind and proxy.bind are ignored: the sockets were passed by the service manager")
+    else:
+        sockets = [_listen(configured.server.bind), _listen(configured.proxy.bind)]
+    if len(sockets) != 2:
+        raise ConfigError(f"{len(sockets)} sockets were passed; pass two: the control plane's and the relay's.")
+    control, relayed = sockets
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with app.running(configured, manager, log_pipes) as built:
+        server = await loop.create_server(built.relay.protocol, sock=relayed, backlog=_BACKLOG)
+        config = uvicorn.Config(
+            built.control_plane,
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=max(1, round(configured.server.shutdown_timeout)),
+        )
+        api = uvicorn.Server(config)
+        serving = loop.create_task(api.serve(sockets=[control]))
+        watching = loop.create_task(_watchdog(manager))
+        manager.say("READY=1")
+        try:
+            await asyncio.wait([serving, loop.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            manager.say("STOPPING=1")
+            server.close()
+            api.should_exit = True
+            watching.cancel()
+            await serving
+
+
+async def _watchdog(manager: ServiceManager) -> None:
+    """Tell systemd that the loop turns, twice as often as it asks for."""
+    microseconds = int(os.environ.pop("WATCHDOG_USEC", "0"))
+    while microseconds:
+        manager.say("WATCHDOG=1")
+        await asyncio.sleep(microseconds / 2_000_000)
+
+
+def _listen(address: tuple[str, int]) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    return socket.create_server(address, family=family, backlog=_BACKLOG)
+
+
+if __name__ == "__main__":
+    main()

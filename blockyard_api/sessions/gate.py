@@ -1,0 +1,254 @@
+"""The gate of the data plane: for each request, may it pass, and to which worker.
+
+Access is checked on every request, upgrades included, before a byte reaches a worker.
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from blockyard_api import pages
+from blockyard_api.apps.catalog import NAME, App, Catalog
+from blockyard_api.errors import BadGateway, BlockyardError, Forbidden, NotFound, TooMany, Unauthorized, Unavailable
+from blockyard_api.identity.tokens import Principal, Tokens
+from blockyard_api.relay.gate import Forward, Header, Reply, RequestHead, UpstreamError, Verdict
+from blockyard_api.sessions.address import Addresses
+from blockyard_api.sessions.registry import Session, Sessions
+from blockyard_api.workers.fleet import Fleet, Worker
+from blockyard_api.workers.life import State
+
+COOKIE = b"blockyard_route"
+READY_PATH = b"/__blockyard__/ready"
+_ASSETS = frozenset({b"script", b"style", b"image", b"font", b"audio", b"video", b"track", b"manifest", b"worker"})
+
+
+class AppGate:
+    """Implements the relay's Gate with the catalogue, the sessions and the fleet."""
+
+    def __init__(
+        self, addresses: Addresses, catalog: Catalog, sessions: Sessions, fleet: Fleet, tokens: Tokens
+    ) -> None:
+        self._addresses = addresses
+        self._catalog = catalog
+        self._sessions = sessions
+        self._fleet = fleet
+        self._tokens = tokens
+
+    def admit(self, head: RequestHead) -> Verdict | Awaitable[Verdict]:
+        """Decide about a request; at once for a known visitor of a public app."""
+        place = self._addresses.find(head.get(b"host") or b"", head.target)
+        if place is None or not NAME.fullmatch(place.app):
+            return _refusal(head, NotFound("not_found", "There is no app at this address."))
+        app = self._catalog.named(place.app)
+        if app is None:
+            former = self._catalog.renamed(place.app)
+            if former is not None and self._catalog.relation(
+                former, None
+            ):  # else a name would tell that an app is there
+                return _redirect(self._addresses.url(former.name).encode() + (place.rest or b"/")[1:])
+            return _refusal(head, NotFound("not_found", "There is no app at this address."))
+        if place.rest is None:
+            path, mark, query = head.target.partition(b"?")
+            return _redirect(path + b"/" + mark + query)
+        if (authorization := head.get(b"authorization")) is not None:
+            return self._authenticated(head, app, place.rest, authorization)
+        return self._decide(head, app, place.rest, None)
+
+    def failed(self, head: RequestHead, forward: Forward, error: Exception) -> Reply:
+        """Word the answer for a worker that failed before it answered."""
+        worker = next((w for w in self._fleet.all() if w.socket is forward.upstream), None)
+        if worker is not None and worker.state is State.ACTIVE and not isinstance(error, UpstreamError):
+            return _refusal(head, BadGateway("bad_gateway", "The app gave an answer that is not sound HTTP."))
+        return _refusal(head, BadGateway("worker_gone", "The app stopped while it was to answer; try again."))
+
+    async def _authenticated(self, head: RequestHead, app: App, rest: bytes, authorization: bytes) -> Verdict:
+        scheme, _, plain = authorization.partition(b" ")
+        principal = None
+        if scheme.lower() == b"bearer":
+            try:
+                principal = await self._tokens.authenticate(plain.decode("latin-1").strip())
+            except Unauthorized as error:
+                return _refusal(head, error)
+        verdict = self._decide(head, app, rest, principal)
+        return verdict if isinstance(verdict, Reply | Forward) else await verdict
+
+    def _decide(
+        self, head: RequestHead, app: App, rest: bytes, principal: Principal | None
+    ) -> Verdict | Awaitable[Verdict]:
+        visit = _Visit(head, app, rest, principal, self._catalog.relation(app, principal))
+        if (error := self._objection(visit)) is not None:
+            return _refusal(head, error)
+        session = self._session(visit)
+        if session is not None:
+            worker = _serving(session, rest)
+            if rest != READY_PATH and self._serves(worker, session, visit):
+                if not head.websocket:
+                    worker.touch()
+                return self._forward(visit, worker, session, ())
+        elif (head.get(b"sec-fetch-dest") or b"").lower() in _ASSETS:
+            # a stray asset begins no session: an image on a foreign page must not start workers
+            if (active := self._fleet.any_active(app)) is None:
+                return _refusal(head, NotFound("not_found", "Open the app's page first."))
+            return self._forward(visit, active, None, ())
+        return self._enter(visit, session)
+
+    def _objection(self, visit: "_Visit") -> BlockyardError | None:
+        """Return why a request may not pass at all."""
+        head, app = visit.head, visit.app
+        if visit.relation is None:
+            if visit.principal is not None:
+                return NotFound("not_found", "There is no app at this address.")
+            return Unauthorized(
+                "login_required",
+                "This app is not public. Signing in with a browser is not available yet on this server; "
+                "send an access token as 'Authorization: Bearer …'.",
+            )
+        if not app.enabled:
+            return Unavailable("app_disabled", "This app is switched off; ask its owner.")
+        if head.websocket and not self._addresses.same_origin(
+            app.name, head.get(b"origin") or b"", head.get(b"host") or b"", secure=head.secure
+        ):
+            return Forbidden("foreign_origin", "A WebSocket must come from the app's own page.")
+        return None
+
+    def _session(self, visit: "_Visit") -> Session | None:
+        for name, value in visit.head.headers:
+            if name.lower() == b"cookie":
+                for pair in value.split(b";"):
+                    key, _, cookie = pair.strip().partition(b"=")
+                    found = key == COOKIE and self._sessions.find(cookie.decode("latin-1"), visit.app, visit.principal)
+                    if found:
+                        return found
+        return None
+
+    def _serves(self, worker: Worker, session: Session, visit: "_Visit") -> bool:
+        """Whether this worker takes this request as it is; a page that is loaded anew leaves a draining one."""
+        if worker.state is State.DRAINING and _navigates(visit.head):
+            return False
+        if worker.state not in (State.ACTIVE, State.DRAINING):
+            return False
+        return session.key in worker.slots or self._fleet.hold(worker, session.key)
+
+    async def _enter(self, visit: "_Visit", session: Session | None) -> Verdict:
+        """Give the visitor a slot, and wait until its worker serves."""
+        head, app = visit.head, visit.app
+        cookies: Sequence[Header] = ()
+        try:
+            if session is None:
+                agent = (head.get(b"user-agent") or b"").decode("latin-1")
+                session, value = await self._sessions.begin(app, visit.principal, head.client, agent)
+                cookies = (self._cookie(app, value, secure=head.secure),)
+            elif session.worker.state is State.ENDED and not session.worker.wished and _navigates(head):
+                reason = session.worker.end_reason
+                self._sessions.drop(session)  # the next try begins anew
+                return _refusal(head, BadGateway("worker_ended", f"The app was ended: it {reason}."))
+            elif session.worker.state not in (State.STARTING, State.ACTIVE) or session.key not in session.worker.slots:
+                await self._sessions.move(session, app)
+            worker = session.worker
+            if not worker.ready.done() and _navigates(head):
+                return self._loading(app, cookies)
+            await asyncio.shield(worker.ready)
+        except BlockyardError as error:
+            if session is not None and session.worker.state is State.ENDED:
+                self._sessions.drop(session)
+            return _refusal(head, error, cookies)
+        if visit.rest == READY_PATH:
+            return Reply(204, ((b"Cache-Control", b"no-store"), *cookies), b"")
+        return self._forward(visit, worker, session, cookies)
+
+    def _forward(self, visit: "_Visit", worker: Worker, session: Session | None, cookies: Sequence[Header]) -> Forward:
+        user = session.user_sub if session is not None else None
+        return Forward(
+            worker.upstream,
+            visit.rest,
+            self._addresses.prefix(visit.app.name).encode(),
+            _identity(user, visit.relation or "anonymous"),
+            cookies,
+            self._sessions.track(session, worker),
+        )
+
+    def _loading(self, app: App, cookies: Sequence[Header]) -> Reply:
+        probe = self._addresses.prefix(app.name) + READY_PATH.decode()
+        body, headers = pages.loading(app.title or app.name, probe)
+        return Reply(202, (*headers, *cookies), body)
+
+    def _cookie(self, app: App, value: str, *, secure: bool) -> Header:
+        path = self._addresses.prefix(app.name) + "/"
+        attributes = f"Path={path}; HttpOnly; SameSite=Lax" + ("; Secure" if secure else "")
+        return b"Set-Cookie", f"{COOKIE.decode()}={value}; {attributes}".encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """One request for an app, and what its sender is to it."""
+
+    head: RequestHead
+    app: App
+    rest: bytes
+    principal: Principal | None
+    relation: str | None
+
+
+def _serving(session: Session, rest: bytes) -> Worker:
+    """Return who serves a path: uploads and downloads belong to the worker whose page is open."""
+    previous = session.previous
+    if (
+        previous is not None
+        and rest.startswith(b"/session/")
+        and session.open_on(previous)
+        and not session.open_on(session.worker)
+    ):
+        return previous
+    return session.worker
+
+
+_TITLES = {
+    401: "Please sign in",
+    403: "Not allowed",
+    404: "Not found",
+    429: "Slow down, please",
+    502: "The app stopped",
+    503: "Not available right now",
+}
+
+
+def _navigates(head: RequestHead) -> bool:
+    """Whether a person waits for a page, rather than a program for an answer."""
+    return head.method == b"GET" and not head.websocket and b"text/html" in (head.get(b"accept") or b"").lower()
+
+
+def _redirect(location: bytes) -> Reply:
+    return Reply(307, ((b"Location", location), (b"Cache-Control", b"no-store")), b"")
+
+
+def _refusal(head: RequestHead, error: BlockyardError, cookies: Sequence[Header] = ()) -> Reply:
+    """Word an error: as a page where a person waits for one, else in the shape of the HTTP contract."""
+    extra: list[Header] = list(cookies)
+    retry_after = error.retry_after if isinstance(error, TooMany | Unavailable) else None
+    if retry_after is not None:
+        extra.append((b"Retry-After", str(retry_after).encode()))
+    if error.status == 401:
+        extra.append((b"WWW-Authenticate", b'Bearer realm="blockyard"'))
+    if _navigates(head):
+        retry = error.status in (429, 502, 503) and error.code != "app_disabled"
+        title = _TITLES.get(error.status, "Something went wrong")
+        body, headers = pages.problem(title, error.message, retry=retry, retry_after=retry_after)
+        return Reply(error.status, (*headers, *extra), body)
+    body = json.dumps({"error": error.code, "message": error.message}).encode()
+    plain = ((b"Content-Type", b"application/json"), (b"Cache-Control", b"no-store"))
+    return Reply(error.status, (*plain, *extra), body)
+
+
+def _identity(user: str | None, relation: str) -> Sequence[Header]:
+    access = (b"X-Shiny-Access", {"admin": b"owner"}.get(relation, relation.encode()))
+    if user is None:
+        return (access,)
+    credentials = json.dumps({"user": user, "groups": []})  # ASCII, so safe as a header
+    return (
+        (b"X-Shiny-User", quote(user, safe="@.+-_:").encode()),
+        (b"X-Shiny-Groups", b""),
+        access,
+        (b"Shiny-Server-Credentials", credentials.encode()),
+    )

@@ -1,0 +1,288 @@
+"""Sessions: one visitor of one app on one worker, known by a random cookie of which only the hash is kept.
+
+A slot is held while anything of the visitor's is open, and for a while after: briefly between a page and its
+WebSocket, longer after a WebSocket dropped, so that its owner finds his state again.
+"""
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import bindparam, func, insert, select, update
+
+from blockyard_api.apps.catalog import App
+from blockyard_api.errors import TooMany
+from blockyard_api.identity.tokens import Principal, digest
+from blockyard_api.settings import Proxy
+from blockyard_api.store.database import Database
+from blockyard_api.store.tables import sessions as table
+from blockyard_api.workers.fleet import Fleet, Worker
+from blockyard_api.workers.life import State
+
+PAGE_WINDOW = 15.0  # seconds between a page and its WebSocket: a crawler holds a slot no longer
+_BURST, _PER_SECOND = 30, 3.0  # new sessions of one client address; assets and known visitors are not counted
+_MOST_CLIENTS = 10_000
+_RECENT = 7 * 86400.0
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """One visitor of one app; `previous` is the worker that still serves what an older page of his has open."""
+
+    key: str
+    app_id: str
+    user_sub: str | None
+    token_id: str | None
+    worker: Worker
+    created_at: float
+    seen_at: float
+    previous: Worker | None = None
+    requests: int = 0
+    sockets: dict[object, tuple[Worker, Callable[[], None]]] = field(default_factory=dict)
+    lapse: asyncio.TimerHandle | None = None
+
+    def open_on(self, worker: Worker) -> int:
+        """How many WebSockets of this visitor the worker serves."""
+        return sum(1 for served_by, _ in self.sockets.values() if served_by is worker)
+
+    def close_sockets(self) -> None:
+        """End all WebSockets at once."""
+        for _, close in list(self.sockets.values()):
+            close()
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """How often an app was opened."""
+
+    total: int
+    recent: int  # 7 days
+    visitors: int
+
+
+class Tracker:
+    """Follows one request of a session through the relay."""
+
+    __slots__ = ("_ended", "_registry", "_session", "_socket", "_worker")
+
+    def __init__(self, registry: "Sessions", session: Session | None, worker: Worker) -> None:
+        self._registry = registry
+        self._session = session
+        self._worker = worker
+        self._socket: object | None = None
+        self._ended = False
+        if session is not None:
+            session.requests += 1
+
+    def request_ended(self) -> None:
+        """Note the end of the exchange, once."""
+        if self._ended or self._session is None:
+            return
+        self._ended = True
+        session = self._session
+        session.requests -= 1
+        if self._socket is not None:
+            session.sockets.pop(self._socket, None)
+        self._registry.let_lapse(session, dropped=self._socket is not None)
+
+    def websocket_opened(self, close: Callable[[], None]) -> None:
+        """Note a WebSocket and how to end it."""
+        if self._session is not None:
+            self._socket = object()
+            self._session.sockets[self._socket] = (self._worker, close)
+        self._worker.touch()
+
+    def visitor_message(self) -> None:
+        """Note that the visitor did something."""
+        self._worker.touch()
+
+
+class Sessions:
+    """All sessions, by the hash of their cookie."""
+
+    def __init__(self, settings: Proxy, fleet: Fleet, database: Database) -> None:
+        self._settings = settings
+        self._fleet = fleet
+        self._database = database
+        self._sessions: dict[str, Session] = {}
+        self._budgets: dict[str, tuple[float, float]] = {}  # client address: what is left, and when that was
+
+    def find(self, cookie: str, app: App, principal: Principal | None) -> Session | None:
+        """Return the visitor's session, if the cookie is one, of this app and this user, and not too old."""
+        session = self._sessions.get(digest(cookie))
+        if session is None or session.app_id != app.id or session.user_sub != (principal.sub if principal else None):
+            return None
+        now = time.time()
+        idle = now - session.seen_at > self._settings.session_idle_ttl and not session.sockets
+        if idle or now - session.created_at > self._settings.session_max_lifetime:
+            self._forget(session)
+            return None
+        session.seen_at = now
+        return session
+
+    async def begin(self, app: App, principal: Principal | None, client: str, agent: str) -> tuple[Session, str]:
+        """Give a new visitor a slot, and return the session with its cookie's value.
+
+        Raises TooMany for an address that begins too many, Unavailable where there is no slot.
+        """
+        self._spend(client)
+        cookie = secrets.token_urlsafe(24)
+        key = digest(cookie)
+        now = time.time()
+        worker = self._fleet.place(app, key)
+        session = Session(
+            key,
+            app.id,
+            principal.sub if principal else None,
+            principal.token_id if principal else None,
+            worker,
+            now,
+            now,
+        )
+        self._sessions[key] = session
+        self.let_lapse(session, dropped=False)
+        visitor = principal.sub if principal else hashlib.sha256(f"{client}\n{agent}".encode()).hexdigest()
+        row = {
+            "hash": key,
+            "app_id": app.id,
+            "user_sub": session.user_sub,
+            "token_id": session.token_id,
+            "visitor": visitor[:64],
+            "worker_id": worker.id,
+            "created_at": now,
+            "last_seen_at": now,
+        }
+        try:
+            async with self._database.begin() as connection:
+                await connection.execute(insert(table).values(**row))
+        except BaseException:
+            self._forget(session)
+            raise
+        return session, cookie
+
+    async def move(self, session: Session, app: App) -> None:
+        """Give a known visitor a slot again: on his worker if that can be, else on another. Raises Unavailable."""
+        old = session.worker
+        worker = self._fleet.place(app, session.key)
+        if worker is not old:
+            session.worker = worker
+            session.previous = old if session.open_on(old) else None
+            if session.previous is None:
+                self._fleet.leave(old, session.key)
+            async with self._database.begin() as connection:
+                await connection.execute(
+                    update(table).where(table.c.hash == session.key).values(worker_id=worker.id, ended_at=None)
+                )
+        self.let_lapse(session, dropped=False)
+
+    def _spend(self, client: str) -> None:
+        now = time.monotonic()
+        left, since = self._budgets.get(client, (_BURST, now))
+        left = min(_BURST, left + (now - since) * _PER_SECOND)
+        if left < 1:
+            raise TooMany("too_many_sessions", "This address opens apps too fast; try again shortly.", 1 / _PER_SECOND)
+        if len(self._budgets) >= _MOST_CLIENTS:
+            full_again = now - _BURST / _PER_SECOND
+            self._budgets = {who: budget for who, budget in self._budgets.items() if budget[1] > full_again}
+        self._budgets[client] = (left - 1, now)
+
+    def let_lapse(self, session: Session, *, dropped: bool) -> None:
+        """Start the time after which the slot is free, unless something of the visitor's is open by then."""
+        window = self._settings.ws_cache_ttl if dropped else PAGE_WINDOW
+        loop = asyncio.get_running_loop()
+        when = loop.time() + window
+        if session.lapse is not None:
+            if session.lapse.when() >= when and not session.lapse.cancelled():
+                return
+            session.lapse.cancel()
+        session.lapse = loop.call_at(when, self._lapsed, session)
+
+    def _lapsed(self, session: Session) -> None:
+        session.lapse = None
+        if session.previous is not None and not session.open_on(session.previous):
+            self._fleet.leave(session.previous, session.key)
+            session.previous = None
+        if session.worker.state is State.ENDED:
+            self._forget(session)
+        elif not session.requests and not session.open_on(session.worker):
+            self._fleet.leave(session.worker, session.key)
+
+    def _forget(self, session: Session) -> None:
+        self._sessions.pop(session.key, None)
+        if session.lapse is not None:
+            session.lapse.cancel()
+            session.lapse = None
+        session.close_sockets()
+        self._fleet.leave(session.worker, session.key)
+        if session.previous is not None:
+            self._fleet.leave(session.previous, session.key)
+
+    def drop(self, session: Session) -> None:
+        """End a session: its WebSockets close, its slot is free, its cookie means nothing any more."""
+        self._forget(session)
+
+    def drop_where(self, condition: Callable[[Session], bool]) -> None:
+        """End all sessions for which the condition holds: access was revoked."""
+        for session in [session for session in self._sessions.values() if condition(session)]:
+            self._forget(session)
+
+    def of(self, worker: Worker) -> list[Session]:
+        """Return the sessions that hold a slot of a worker."""
+        return [self._sessions[key] for key in worker.slots if key in self._sessions]
+
+    def track(self, session: Session | None, worker: Worker) -> Tracker:
+        """Return the tracker of one request."""
+        return Tracker(self, session, worker)
+
+    async def adopt(self) -> None:
+        """Take over the sessions of an earlier run whose workers live."""
+        async with self._database.begin() as connection:
+            rows = (await connection.execute(select(table).where(table.c.ended_at.is_(None)))).all()
+        for row in rows:
+            worker = self._fleet.find(row.worker_id)
+            if worker is None or row.hash in self._sessions:
+                continue
+            session = Session(
+                row.hash, row.app_id, row.user_sub, row.token_id, worker, row.created_at, row.last_seen_at
+            )
+            self._sessions[row.hash] = session
+            if self._fleet.hold(worker, row.hash):
+                self.let_lapse(session, dropped=True)
+        await self.save()
+
+    async def save(self) -> None:
+        """Write when each session was last seen, and which are over."""
+        now = time.time()
+        expired = now - self._settings.session_idle_ttl
+        self.drop_where(
+            lambda session: (
+                not session.sockets
+                and (session.worker.state is State.ENDED or session.seen_at < expired)
+                and not session.requests
+            )
+        )
+        seen: list[dict[str, Any]] = [
+            {"key": session.key, "seen": session.seen_at} for session in self._sessions.values()
+        ]
+        async with self._database.begin() as connection:
+            open_rows = select(table.c.hash).where(table.c.ended_at.is_(None))
+            stored = {row.hash for row in await connection.execute(open_rows)}
+            over = [{"key": key} for key in stored - self._sessions.keys()]
+            if seen:
+                statement = update(table).where(table.c.hash == bindparam("key"))
+                await connection.execute(statement.values(last_seen_at=bindparam("seen")), seen)
+            if over:
+                statement = update(table).where(table.c.hash == bindparam("key"))
+                await connection.execute(statement.values(ended_at=now), over)
+
+    async def views(self, app: App) -> Views:
+        """Count how often an app was opened."""
+        recent = func.count().filter(table.c.created_at > time.time() - _RECENT)
+        query = select(func.count(), recent, func.count(table.c.visitor.distinct())).where(table.c.app_id == app.id)
+        async with self._database.begin() as connection:
+            total, lately, visitors = (await connection.execute(query)).one()
+        return Views(total, lately, visitors)

@@ -1,0 +1,78 @@
+"""The one way to the database: an asynchronous engine on SQLite (WAL), brought up to date at start."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from blockyard_api.errors import BlockyardError, OutOfSpace
+
+SCHEMA = "0001"  # head of `migrations`; a test compares
+
+
+class MigrationFailed(BlockyardError):
+    """The database could not be brought to this version's schema."""
+
+
+class Database:
+    """Transactions on the database."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction, committed at the end and rolled back on an error.
+
+        Raises OutOfSpace when the disk is full: SQLite then has written nothing.
+        """
+        try:
+            async with self._engine.begin() as connection:
+                yield connection
+        except OperationalError as error:
+            if "disk is full" in str(error.orig) or "disk I/O" in str(error.orig):
+                raise OutOfSpace(
+                    "disk_full", "The server's disk is full; free space in the state directory and try again."
+                ) from error
+            raise
+
+
+def _configure(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own connection type
+    cursor = connection.cursor()
+    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "busy_timeout = 5000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+@asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[Database]:
+    """Migrate the database at `path`, open it, and close it at the end. Raises MigrationFailed."""
+    engine = create_async_engine(f"sqlite+aiosqlite:///{path}")
+    event.listen(engine.sync_engine, "connect", _configure)
+    try:
+        await _migrate(engine, path)
+        yield Database(engine)
+    finally:
+        await engine.dispose()
+
+
+async def _migrate(engine: AsyncEngine, path: Path) -> None:
+    async with engine.connect() as connection:
+        known = await connection.scalar(text("SELECT name FROM sqlite_master WHERE name = 'alembic_version'"))
+        if known and await connection.scalar(text("SELECT version_num FROM alembic_version")) == SCHEMA:
+            return
+    # in a process of its own: Alembic and Mako would stay in this one's memory for good (9 MB)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "blockyard_api.store.migrate", str(path), stderr=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(300):
+        _, words = await process.communicate()
+    if process.returncode:
+        last = words.decode(errors="replace").strip().rpartition("\n")[2]
+        raise MigrationFailed("migration_failed", f"{path}: cannot be brought to schema {SCHEMA}: {last}")

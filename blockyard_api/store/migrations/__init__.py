@@ -1,0 +1,1 @@
+"""Schema history, oldest first in `versions`."""

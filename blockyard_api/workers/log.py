@@ -1,0 +1,161 @@
+"""Workers' logs: read from their pipes without ever stopping, kept in two capped segments a worker, followed live.
+
+A worker writes what it likes, so nothing here looks for lines: a reader with a line limit stops at the first long
+line, the pipe fills, and R hangs.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+SEGMENT = 5 << 20  # bytes; a log is at most two of them
+_CHUNK = 65536  # a pipe's capacity
+
+
+class WorkerLog:
+    """One worker's log; positions count from its first byte ever, also when the oldest are gone."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._older = path.with_suffix(".1.log")
+        self._base = 0  # position of the first byte in `_path`
+        self._changed = asyncio.Event()
+        self.closed = False
+        with contextlib.suppress(FileNotFoundError):  # an adopted worker's log goes on where it was
+            self._base = self._older.stat().st_size
+        self.end = self._base + (path.stat().st_size if path.exists() else 0)
+
+    def _append(self, data: bytes) -> None:
+        if self.end - self._base + len(data) > SEGMENT and self._path.exists():
+            self._path.replace(self._older)
+            self._base = self.end
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, data)
+        finally:
+            os.close(descriptor)
+        self.end += len(data)
+
+    async def append(self, data: bytes) -> None:
+        """Add bytes and wake the followers; a full disk loses them, since waiting for space would stop the app."""
+        try:
+            await asyncio.to_thread(self._append, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        self._wake()
+
+    def close(self) -> None:
+        """No more bytes will come."""
+        self.closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _read(self, position: int) -> tuple[int, bytes]:
+        """Return up to one chunk at `position`, or at the first byte still kept after it."""
+        if position < self._base:
+            with contextlib.suppress(FileNotFoundError), self._older.open("rb") as older:
+                start = self._base - os.fstat(older.fileno()).st_size
+                position = max(position, start)
+                older.seek(position - start)
+                return position, older.read(_CHUNK)
+            position = self._base
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as newer:
+            newer.seek(position - self._base)
+            return position, newer.read(_CHUNK)
+        return position, b""
+
+    async def read(self, *, follow: bool) -> AsyncIterator[bytes]:
+        """Yield what there is, then, with `follow`, what comes until the worker has ended."""
+        position = 0
+        while True:
+            changed = self._changed
+            start, data = await asyncio.to_thread(self._read, position)
+            if start > position and position:
+                yield f"\n[{start - position} bytes were dropped]\n".encode()
+            position = start + len(data)
+            if data:
+                yield data
+            elif not follow or self.closed:
+                return
+            else:
+                await changed.wait()
+
+    async def tail(self, size: int = 2000) -> str:
+        """Return the last bytes as text."""
+        _, data = await asyncio.to_thread(self._read, max(self._base, self.end - size))
+        return data.decode(errors="replace")
+
+
+class Logs:
+    """All workers' logs below one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._open: dict[str, WorkerLog] = {}
+
+    def of(self, worker_id: str) -> WorkerLog:
+        """Return a worker's log; one that nobody writes any more is closed."""
+        if worker_id in self._open:
+            return self._open[worker_id]
+        log = WorkerLog(self._path(worker_id))
+        log.closed = True
+        return log
+
+    def _path(self, worker_id: str) -> Path:
+        return self._directory / f"{worker_id}.log"
+
+    async def pump(self, worker_id: str, descriptor: int) -> None:
+        """Move bytes from a pipe's read end to the log until its writers are gone; closes the descriptor."""
+        os.set_blocking(descriptor, False)
+        log = self._open[worker_id] = WorkerLog(self._path(worker_id))
+        try:
+            async for data in _chunks(descriptor):
+                await log.append(data)
+        finally:
+            os.close(descriptor)
+            log.close()
+            del self._open[worker_id]
+
+    async def prune(self, retention: float) -> None:
+        """Delete the logs of ended workers to which nothing was added for `retention` seconds."""
+        open_now = {self._path(worker_id) for worker_id in self._open}
+        await asyncio.to_thread(_prune, self._directory, time.time() - retention, open_now)
+
+
+def _prune(directory: Path, older_than: float, keep: set[Path]) -> None:
+    for path in directory.glob("*.log"):
+        with contextlib.suppress(FileNotFoundError):
+            if path not in keep and path.stat().st_mtime < older_than:
+                path.unlink()
+
+
+async def _chunks(descriptor: int) -> AsyncIterator[bytes]:
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    while True:
+        try:
+            data = os.read(descriptor, _CHUNK)
+        except BlockingIOError:
+            readable.clear()
+            loop.add_reader(descriptor, readable.set)
+            try:
+                await readable.wait()
+            finally:
+                loop.remove_reader(descriptor)
+            continue
+        if not data:
+            return
+        yield data
+
+
+def stamp(sentence: str) -> bytes:
+    """Word a line of the platform's own for a log, so that it stands out from the app's."""
+    return f"[blockyard {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}] {sentence}\n".encode()

@@ -1,0 +1,88 @@
+"""Access tokens: shown once, stored as a hash, expiring, revocable, and the way to the first one."""
+
+import time
+
+import pytest
+from sqlalchemy import select, text, update
+
+from blockyard_api.errors import BadRequest, Forbidden, Gone, NotFound, Unauthorized
+from blockyard_api.identity.tokens import DAY, Tokens, digest
+from blockyard_api.store import tables
+
+
+async def admin(store, revoked=lambda _: None):
+    tokens = Tokens(store, revoked)
+    return tokens, await tokens.first_admin()
+
+
+async def test_the_first_admin_is_made_once(store):
+    tokens, plain = await admin(store)
+    assert (await tokens.authenticate(plain)).is_admin
+    assert await tokens.first_admin() is None
+
+
+async def test_only_the_hash_of_a_token_is_stored(store):
+    _, plain = await admin(store)
+    async with store.begin() as connection:
+        rows = (await connection.execute(select(tables.tokens))).all()
+    assert [row.hash for row in rows] == [digest(plain)]
+    assert plain not in repr(rows)
+
+
+async def test_an_unknown_token_is_refused(store):
+    tokens, _ = await admin(store)
+    with pytest.raises(Unauthorized):
+        await tokens.authenticate("by_guess")
+
+
+async def test_an_expired_token_is_refused_even_if_it_was_used_before(store):
+    tokens, _ = await admin(store)
+    _, plain = await tokens.create("admin", "short", 0.05)
+    await tokens.authenticate(plain)
+    async with store.begin() as connection:
+        await connection.execute(update(tables.tokens).values(expires_at=time.time() - 1))
+    fresh = Tokens(store)
+    with pytest.raises(Unauthorized):
+        await fresh.authenticate(plain)
+    time.sleep(0.06)
+    with pytest.raises(Unauthorized):
+        await tokens.authenticate(plain)
+
+
+async def test_a_revoked_token_is_refused_at_once_and_whoever_watches_hears_of_it(store):
+    heard = []
+    tokens, _ = await admin(store, heard.append)
+    token, plain = await tokens.create("admin", "laptop")
+    await tokens.authenticate(plain)
+    await tokens.revoke("admin", token.id)
+    assert heard == [token.id]
+    with pytest.raises(Unauthorized):
+        await tokens.authenticate(plain)
+
+
+async def test_nobody_revokes_the_token_of_another(store):
+    tokens, _ = await admin(store)
+    token, plain = await tokens.create("admin", "laptop")
+    with pytest.raises(NotFound):
+        await tokens.revoke("mallory", token.id)
+    assert await tokens.authenticate(plain)
+
+
+@pytest.mark.parametrize("lifetime", [0, -1, 400 * DAY])
+async def test_a_lifetime_out_of_bounds_is_refused(store, lifetime):
+    tokens, _ = await admin(store)
+    with pytest.raises(BadRequest):
+        await tokens.create("admin", "x", lifetime)
+
+
+async def test_the_bootstrap_token_works_once(store):
+    tokens = Tokens(store)
+    offered = await tokens.offer_bootstrap()
+    with pytest.raises(Forbidden):
+        await tokens.bootstrap("wrong")
+    _, plain = await tokens.bootstrap(offered)
+    assert (await tokens.authenticate(plain)).is_admin
+    with pytest.raises(Gone):
+        await tokens.bootstrap(offered)
+    async with store.begin() as connection:
+        assert await connection.scalar(text("SELECT count(*) FROM users")) == 1
