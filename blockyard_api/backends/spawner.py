@@ -119,7 +119,6 @@ class Spawner:
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
         self._next = 0
-        self.identity: Identity | None = None
 
     async def spawn(self, request: protocol.Spawn, log: int) -> Spawned:
         """Start a worker; `log` is the write end of its log pipe and stays the caller's.
@@ -154,10 +153,10 @@ class Spawner:
         return _listed(reply["workers"][0]), pidfd
 
     async def hello(self) -> Identity:
-        """Exchange versions anew and return what the spawner says about itself now."""
-        reply, _ = await self._call(protocol.Hello(0, protocol.VERSION), _REPLY_WITHIN)
-        self.identity = _identity(reply)
-        return self.identity
+        """Return what the spawner says about itself now, on a connection made for that: a connection says it once."""
+        connection, identity = await self._open()
+        connection.fail("done")
+        return identity
 
     def close(self) -> None:
         """Close the connection; workers go on."""
@@ -216,6 +215,10 @@ class Spawner:
                 return await self._connect()
 
     async def _connect(self) -> _Connection:
+        self._connection, _ = await self._open()
+        return self._connection
+
+    async def _open(self) -> tuple[_Connection, Identity]:
         loop = asyncio.get_running_loop()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
@@ -234,12 +237,9 @@ class Spawner:
                 connection.fail(str(error))
 
         loop.add_reader(sock, readable)
-        self._connection = connection
-        async with _closing_on_failure(connection):
-            async with asyncio.timeout(_REPLY_WITHIN):
-                reply, _ = await self._exchange(connection, protocol.Hello(0, protocol.VERSION), None)
-            self.identity = _identity(reply)
-        return connection
+        async with _closing_on_failure(connection), asyncio.timeout(_REPLY_WITHIN):
+            reply, _ = await self._exchange(connection, protocol.Hello(0, protocol.VERSION), None)
+            return connection, _identity(reply)
 
 
 @contextlib.asynccontextmanager
