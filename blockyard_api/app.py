@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 
 from blockyard_api.apps.catalog import Catalog
 from blockyard_api.backends.spawner import Spawner
+from blockyard_api.backends.worker_socket import WorkerSocket
 from blockyard_api.bundles.deploy import Deployments
 from blockyard_api.errors import BlockyardError
 from blockyard_api.host import units
@@ -69,7 +71,11 @@ async def running(settings: Settings, manager: ServiceManager, log_pipes: dict[s
         logs = Logs(state_dir / "logs")
         catalog = Catalog(store)
         await catalog.load()
-        fleet = Fleet(settings, catalog, store, spawner, logs, manager, tasks)
+
+        def forget(upstream: WorkerSocket) -> None:
+            relay.forget(upstream)
+
+        fleet = Fleet(settings, catalog, store, spawner, logs, manager, tasks, forget)
         sessions = Sessions(settings.proxy, fleet, store)
 
         def token_revoked(token_id: str) -> None:
@@ -83,7 +89,9 @@ async def running(settings: Settings, manager: ServiceManager, log_pipes: dict[s
         deployments = Deployments(settings.storage, catalog, fleet, store, tasks)
         await deployments.recover()
         relay = Relay(
-            AppGate(addresses, catalog, sessions, fleet, tokens), trusted_proxies=settings.server.trusted_proxies
+            AppGate(addresses, catalog, sessions, fleet, tokens),
+            trusted_proxies=settings.server.trusted_proxies,
+            public_scheme=urlsplit(settings.proxy.public_url).scheme,
         )
         services = Services(settings, store, tokens, catalog, fleet, sessions, deployments, spawner, logs, addresses)
         adopting = tasks.create_task(_adopt(fleet, sessions, log_pipes))

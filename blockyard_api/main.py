@@ -94,7 +94,7 @@ async def _serve(configured: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with app.running(configured, manager, log_pipes) as built:
-        server = await loop.create_server(built.relay.protocol, sock=relayed, backlog=_BACKLOG)
+        await built.relay.listen(relayed)
         config = uvicorn.Config(
             built.control_plane,
             loop="none",
@@ -115,7 +115,6 @@ async def _serve(configured: Settings) -> None:
             await asyncio.wait([serving, loop.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED)
         finally:
             manager.say("STOPPING=1")
-            server.close()
             api.should_exit = True
             watching.cancel()
             await serving

@@ -5,15 +5,17 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from blockyard_api.bundles.unpack import BundleInfo, BundleRefused
+from blockyard_api.bundles.unpack import BundleInfo, BundleRefused, storage_failure
 
 __all__ = ["BundleInfo", "BundleRefused", "unpack"]
 
 TIME_LIMIT = 300.0  # seconds; 2 GB take about 20
 MAX_VERDICT = 65536
+TOO_COMPLEX = "too_complex", "The archive takes too much to unpack; leave out what the app can do without."
 
 
 async def unpack(archive: Path, destination: Path) -> BundleInfo:
@@ -22,13 +24,15 @@ async def unpack(archive: Path, destination: Path) -> BundleInfo:
     A directory beside the destination is used meanwhile. Raises BundleRefused.
     """
     staging = destination.with_name(f".{destination.name}.staging")
-    await asyncio.to_thread(_make_empty, staging)
     try:
+        await asyncio.to_thread(_make_empty, staging)
         verdict = await _run(archive, staging)
         await asyncio.to_thread(_publish, staging / verdict["top"], destination)
-        return BundleInfo(**verdict["info"])
+    except OSError as error:
+        raise storage_failure(error) from error
     finally:
         await asyncio.shield(asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True))
+    return BundleInfo(**verdict["info"])
 
 
 def _make_empty(directory: Path) -> None:
@@ -50,29 +54,25 @@ def _publish(tree: Path, destination: Path) -> None:
 
 
 async def _run(archive: Path, staging: Path) -> dict[str, Any]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-I", "-m", "blockyard_api.bundles.unpack", str(archive), str(staging),
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, limit=MAX_VERDICT,
-        env={"LANG": "C.UTF-8"}, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(TIME_LIMIT):
-            line = await process.stdout.readline()
-            await process.wait()
-    except TimeoutError as error:
-        raise BundleRefused(
-            "too_complex", "The archive takes too long to unpack; leave out what the app can do without."
-        ) from error
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if not line:  # killed by a limit, or by the kernel for want of memory
-        raise BundleRefused(
-            "too_complex", "The archive takes too much to unpack; leave out what the app can do without."
+    argv = [sys.executable, "-I", "-m", "blockyard_api.bundles.unpack", str(archive), str(staging)]
+    with tempfile.TemporaryFile() as output:  # not a pipe: the program's limit on files holds for it, too
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=output, env={"LANG": "C.UTF-8"}, start_new_session=True
         )
-    verdict: dict[str, Any] = json.loads(line)
+        try:
+            async with asyncio.timeout(TIME_LIMIT):
+                await process.wait()
+        except TimeoutError as error:
+            raise BundleRefused(*TOO_COMPLEX) from error
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        output.seek(0)
+        text = output.read(MAX_VERDICT)
+    if process.returncode != 0:  # killed by one of its limits, or by the kernel for want of memory
+        raise BundleRefused(*TOO_COMPLEX)
+    verdict: dict[str, Any] = json.loads(text)
     if refused := verdict.get("refused"):
         raise BundleRefused(refused["code"], refused["message"])
     return verdict

@@ -20,6 +20,7 @@ import unicodedata
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import IO
 
 import prctl
@@ -35,10 +36,10 @@ MAX_HEADERS = 1 << 20  # between the contents of two files, and after the last
 MAX_SCANNED_CODE = 256 << 10
 CHUNK = 1 << 18
 
-Path = tuple[str, ...]
+Parts = tuple[str, ...]
 
 
-class BundleRefused(Exception):  # noqa: N818 - a verdict, not a malfunction
+class BundleRefused(Exception):
     """A bundle that is not taken: a stable code, and one sentence for the deployer."""
 
     def __init__(self, code: str, message: str) -> None:
@@ -64,6 +65,15 @@ class Unpacked:
     info: BundleInfo
 
 
+def storage_failure(error: OSError) -> BundleRefused:
+    """Word a failure that is the server's and not the bundle's."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        message = "The server's disk is full; ask its operator to make room, then deploy again."
+        return BundleRefused("disk_full", message)
+    message = f"The server could not store the bundle ({error.strerror}); ask its operator to look at its log."
+    return BundleRefused("storage_failed", message)
+
+
 class _Meter:
     """The decompressed stream, which ends in a refusal where more is read than the next step may take."""
 
@@ -86,12 +96,13 @@ class _Meter:
 
 @dataclass
 class _Tree:
-    """What has been taken so far. Kinds of entry: "file", "directory", or a link's target as a path."""
+    """What has been taken so far. Kinds of entry: "file", "directory", "link"."""
 
     root: int  # descriptor of the staging directory
     budget: int
-    entries: dict[Path, str | Path] = field(default_factory=dict)
-    links: dict[Path, str] = field(default_factory=dict)
+    entries: dict[Parts, str] = field(default_factory=dict)
+    links: dict[Parts, str] = field(default_factory=dict)
+    members: int = 0
     files: int = 0
     directories: int = 0
     size: int = 0
@@ -100,11 +111,13 @@ class _Tree:
 def extract(archive: IO[bytes], staging: int) -> Unpacked:
     """Unpack a gzipped tar archive below the directory descriptor `staging`. Raises BundleRefused, OSError."""
     compressed = os.fstat(archive.fileno()).st_size
+    if not compressed:
+        raise BundleRefused("not_gzip", "The archive is empty; pack the app with tar -czf.")
     meter = _Meter(archive)
     tree = _Tree(staging, budget=min(MAX_SIZE, MAX_RATIO * compressed))
     try:
         meter.allow(MAX_HEADERS)
-        with tarfile.open(fileobj=meter, mode="r|", errorlevel=2) as members:  # type: ignore[call-overload]  # a reader needs no write()
+        with tarfile.open(fileobj=meter, mode="r|", bufsize=CHUNK) as members:  # type: ignore[call-overload]  # a reader needs no write()
             while member := members.next():
                 _take(tree, members, member, meter)
                 meter.allow(MAX_HEADERS)
@@ -122,6 +135,11 @@ def extract(archive: IO[bytes], staging: int) -> Unpacked:
 def _take(tree: _Tree, members: tarfile.TarFile, member: tarfile.TarInfo, meter: _Meter) -> None:
     path = _safe_path(member.name)
     shown = f"{member.name!r:.200}"
+    tree.members += 1
+    if tree.members > MAX_FILES + MAX_DIRECTORIES:  # directories may be named again and again
+        raise BundleRefused(
+            "too_many_files", "The archive has too many entries; leave out what the app can do without."
+        )
     if member.isdir():
         _make_directories(tree, path)
         return
@@ -147,7 +165,7 @@ def _take(tree: _Tree, members: tarfile.TarFile, member: tarfile.TarInfo, meter:
         raise BundleRefused("special_file", f"{shown} is neither file, directory nor link; leave it out.")
 
 
-def _safe_path(name: str) -> Path:
+def _safe_path(name: str) -> Parts:
     shown = f"{name!r:.200}"
     if name.startswith("/"):
         raise BundleRefused("absolute_path", f"{shown} is an absolute path; pack the app's directory from inside it.")
@@ -172,7 +190,7 @@ def _link_text(member: tarfile.TarInfo) -> None:
         raise BundleRefused("name_too_long", f"{shown} has too long a target; put the file itself there.")
 
 
-def _open_directory(tree: _Tree, path: Path) -> int:
+def _open_directory(tree: _Tree, path: Parts) -> int:
     directory = os.dup(tree.root)
     for part in path:
         try:
@@ -183,7 +201,7 @@ def _open_directory(tree: _Tree, path: Path) -> int:
     return directory
 
 
-def _make_directories(tree: _Tree, path: Path) -> None:
+def _make_directories(tree: _Tree, path: Parts) -> None:
     for depth in range(1, len(path) + 1):
         known = tree.entries.get(path[:depth])
         if known == "directory":
@@ -204,7 +222,7 @@ def _make_directories(tree: _Tree, path: Path) -> None:
         tree.entries[path[:depth]] = "directory"
 
 
-def _take_file(tree: _Tree, path: Path, members: tarfile.TarFile, member: tarfile.TarInfo, meter: _Meter) -> None:
+def _take_file(tree: _Tree, path: Parts, members: tarfile.TarFile, member: tarfile.TarInfo, meter: _Meter) -> None:
     if member.size < 0:
         raise BundleRefused("not_tar", f"{member.name!r:.200} has a negative size; pack it anew.")
     tree.size += member.size
@@ -222,7 +240,7 @@ def _take_file(tree: _Tree, path: Path, members: tarfile.TarFile, member: tarfil
         descriptor = os.open(path[-1], flags, 0o644, dir_fd=parent)
     finally:
         os.close(parent)
-    with open(descriptor, "wb") as target:
+    with os.fdopen(descriptor, "wb") as target:
         os.fchmod(descriptor, 0o755 if member.mode & stat.S_IXUSR else 0o644)
         left = member.size
         while left:
@@ -234,7 +252,7 @@ def _take_file(tree: _Tree, path: Path, members: tarfile.TarFile, member: tarfil
     tree.entries[path] = "file"
 
 
-def _take_hard_link(tree: _Tree, path: Path, member: tarfile.TarInfo) -> None:
+def _take_hard_link(tree: _Tree, path: Parts, member: tarfile.TarInfo) -> None:
     _link_text(member)
     target = _safe_path(member.linkname)
     if tree.entries.get(target) != "file":
@@ -271,13 +289,13 @@ def _finish(tree: _Tree) -> Unpacked:
     return Unpacked(top, BundleInfo(entry, tree.files, tree.size))
 
 
-def _resolve(link: Path, entries: Mapping[Path, str | Path], links: Mapping[Path, str]) -> Path:
+def _resolve(link: Parts, entries: Mapping[Parts, str], links: Mapping[Parts, str]) -> Parts:
     """Follow a link through the bundle's own entries, as the kernel would with the bundle as its whole world."""
     refusal = BundleRefused(
         "link_outside",
         f"The link {'/'.join(link)!r:.200} leads out of the bundle or nowhere; put the file itself there.",
     )
-    here: Path = link[:-1]
+    here: Parts = link[:-1]
     ahead = links[link].split("/")
     hops = 1
     while ahead:
@@ -304,7 +322,7 @@ def _resolve(link: Path, entries: Mapping[Path, str | Path], links: Mapping[Path
     return here
 
 
-def _entry_point(kinds: Mapping[str, str | Path]) -> str:
+def _entry_point(kinds: Mapping[str, str]) -> str:
     found: dict[str, list[str]] = {"app.r": [], "server.r": [], "ui.r": []}
     for name, kind in kinds.items():
         if name.lower() in found and kind == "file":
@@ -348,13 +366,13 @@ def ends_in_run_app(code: bytes) -> bool:
     return ends
 
 
-def _refuse_own_server(tree: _Tree, path: Path) -> None:
+def _refuse_own_server(tree: _Tree, path: Parts) -> None:
     parent = _open_directory(tree, path[:-1])
     try:
         descriptor = os.open(path[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     finally:
         os.close(parent)
-    with open(descriptor, "rb") as file:
+    with os.fdopen(descriptor, "rb") as file:
         code = file.read(MAX_SCANNED_CODE + 1)
     if len(code) <= MAX_SCANNED_CODE and ends_in_run_app(code):
         raise BundleRefused(
@@ -362,7 +380,7 @@ def _refuse_own_server(tree: _Tree, path: Path) -> None:
         )
 
 
-def _give_up_privilege() -> None:
+def give_up_privilege() -> None:
     """Leave this process no more than reading one archive takes, should its parser be taken over."""
     prctl.set_no_new_privs(1)
     for limit, value in (
@@ -379,7 +397,7 @@ def _give_up_privilege() -> None:
 
 def _verdict(archive: str, staging: str) -> dict[str, object]:
     try:
-        with open(archive, "rb") as stream:
+        with Path(archive).open("rb") as stream:
             directory = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             unpacked = extract(stream, directory)
         os.sync()  # the caller's rename must not become durable before what it names
@@ -390,18 +408,15 @@ def _verdict(archive: str, staging: str) -> dict[str, object]:
             "refused": {"code": "too_complex", "message": "The archive takes too much memory to read; pack it anew."}
         }
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            message = "The server's disk is full; ask its operator to make room, then deploy again."
-            return {"refused": {"code": "disk_full", "message": message}}
-        message = f"The server could not store the bundle ({error.strerror}); ask its operator to look at its log."
-        return {"refused": {"code": "storage_failed", "message": message}}
+        failure = storage_failure(error)
+        return {"refused": {"code": failure.code, "message": failure.message}}
     return asdict(unpacked)
 
 
 def main() -> None:
     """Unpack what the command line names, and print the verdict."""
     archive, staging = sys.argv[1:]
-    _give_up_privilege()
+    give_up_privilege()
     sys.stdout.write(json.dumps(_verdict(archive, staging)) + "\n")
 
 

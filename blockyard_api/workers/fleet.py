@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,7 @@ class Fleet:
         logs: Logs,
         manager: ServiceManager,
         tasks: asyncio.TaskGroup,
+        forget: Callable[[WorkerSocket], None],
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -123,6 +124,7 @@ class Fleet:
         self._logs = logs
         self._manager = manager
         self._tasks = tasks
+        self._forget = forget
         self._pools: dict[str, _Pool] = {}
         self._workers: dict[str, Worker] = {}
         self._lives: set[asyncio.Task[None]] = set()
@@ -384,6 +386,7 @@ class Fleet:
     async def _stop(self, worker: Worker) -> Result:
         """Have the spawner end what is left of a worker, through a restart of the spawner if need be."""
         worker.become(State.STOPPING)
+        self._forget(worker.upstream)
         grace = 0.0 if worker.over.result() == "exited" else GRACE
         for attempt in range(_STOP_ATTEMPTS):
             try:

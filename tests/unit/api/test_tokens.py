@@ -1,5 +1,6 @@
 """Access tokens: shown once, stored as a hash, expiring, revocable, and the way to the first one."""
 
+import asyncio
 import time
 
 import pytest
@@ -44,7 +45,7 @@ async def test_an_expired_token_is_refused_even_if_it_was_used_before(store):
     fresh = Tokens(store)
     with pytest.raises(Unauthorized):
         await fresh.authenticate(plain)
-    time.sleep(0.06)
+    await asyncio.sleep(0.06)
     with pytest.raises(Unauthorized):
         await tokens.authenticate(plain)
 
