@@ -26,7 +26,7 @@ from blockyard_api.settings import Settings
 from blockyard_api.store.database import Database
 from blockyard_api.store.tables import workers as table
 from blockyard_api.workers.life import State, transition
-from blockyard_api.workers.log import Logs, stamp
+from blockyard_api.workers.log import Logs, WorkerLog, pump, stamp
 from blockyard_api.workers.readiness import answers
 from blockyard_spawner import protocol
 
@@ -294,11 +294,20 @@ class Fleet:
 
     async def _live(self, worker: Worker, app: App, adopted: tuple[int, int | None] | None) -> None:
         """Live one worker's life; `adopted` holds the pidfd, and the log's read end, of one that runs already."""
+        with self._logs.writing(worker.id) as worker_log:
+            result = await self._until_gone(worker, app, adopted, worker_log)
+            if not self._closing:
+                await self._finish(worker, app, result, worker_log)
+        worker.ended.set()
+
+    async def _until_gone(
+        self, worker: Worker, app: App, adopted: tuple[int, int | None] | None, worker_log: WorkerLog
+    ) -> Result:
         result = Result("unknown")
         try:
             async with asyncio.TaskGroup() as group:
                 pidfd, read_end = adopted or await self._spawn(worker, app)
-                pump = group.create_task(self._pump(worker, read_end)) if read_end is not None else None
+                pump = group.create_task(self._pump(worker, read_end, worker_log)) if read_end is not None else None
                 try:
                     await self._serve(worker, pidfd)
                 finally:
@@ -311,8 +320,7 @@ class Fleet:
             worker.end(next(iter(_leaves(errors))).message)
         except* OSError as errors:  # no descriptor or no space left for a log pipe
             worker.end(f"the server could not start it: {next(iter(_leaves(errors)))}")
-        if not self._closing:
-            await self._finish(worker, app, result)
+        return result
 
     async def _spawn(self, worker: Worker, app: App) -> tuple[int, int | None]:
         await self._record(worker)
@@ -348,9 +356,9 @@ class Fleet:
 
         worker.socket = WorkerSocket(str(directory), uid, betrayed)
 
-    async def _pump(self, worker: Worker, read_end: int) -> None:
+    async def _pump(self, worker: Worker, read_end: int, worker_log: WorkerLog) -> None:
         try:
-            await self._logs.pump(worker.id, read_end)
+            await pump(read_end, worker_log)
         finally:
             if not self._closing:
                 self._manager.drop_log(worker.id)
@@ -397,9 +405,11 @@ class Fleet:
                 await asyncio.sleep(2**attempt * 0.1)
         return Result("unknown")  # `sweep` ends it when the spawner is back
 
-    async def _finish(self, worker: Worker, app: App, result: Result) -> None:
+    async def _finish(self, worker: Worker, app: App, result: Result, worker_log: WorkerLog) -> None:
         started = worker.ready.done()
         worker.end_reason = _sentence(worker, result)
+        if not started and (words := _sandbox_words(await worker_log.tail())):
+            worker.end_reason = f"{worker.end_reason}; {words}"
         worker.ended_at = time.time()
         worker.become(State.ENDED)
         pool = self._pools[worker.app_id]
@@ -411,7 +421,7 @@ class Fleet:
         elif not worker.wished:
             pool.failures += 1
             pool.failure = (
-                f"The app could not start: {worker.end_reason}."
+                f"The app could not start: {_sentence(worker, result)}."
                 if not started
                 else (f"The app stopped soon after its start: {worker.end_reason}.")
             )
@@ -420,10 +430,8 @@ class Fleet:
             worker.ready.set_exception(
                 StartFailed("start_failed", pool.failure or f"The app ended: {worker.end_reason}.")
             )
-        worker_log = self._logs.of(worker.id)
         await worker_log.append(stamp(f"worker ended: {worker.end_reason}"))
         await self._record(worker)
-        worker.ended.set()
         if (current := self._catalog.find(app.id)) is not None:
             self.reconcile(current)
 
@@ -536,6 +544,11 @@ def _sentence(worker: Worker, result: Result) -> str:
     if result.status is not None:
         return f"exited with status {result.status}"
     return "exited while the spawner was away"
+
+
+def _sandbox_words(tail: str) -> str:
+    """Return bubblewrap's own last words, which tell the owner why there was no sandbox to run the app in."""
+    return next((line[:200] for line in reversed(tail.splitlines()) if line.startswith("bwrap: ")), "")
 
 
 def _leaves(errors: BaseExceptionGroup[Any]) -> Iterable[Any]:

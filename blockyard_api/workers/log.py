@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 SEGMENT = 5 << 20  # bytes; a log is at most two of them
@@ -112,15 +112,13 @@ class Logs:
     def _path(self, worker_id: str) -> Path:
         return self._directory / f"{worker_id}.log"
 
-    async def pump(self, worker_id: str, descriptor: int) -> None:
-        """Move bytes from a pipe's read end to the log until its writers are gone; closes the descriptor."""
-        os.set_blocking(descriptor, False)
+    @contextlib.contextmanager
+    def writing(self, worker_id: str) -> Iterator[WorkerLog]:
+        """Open a worker's log for its whole life; followers end when it is left."""
         log = self._open[worker_id] = WorkerLog(self._path(worker_id))
         try:
-            async for data in _chunks(descriptor):
-                await log.append(data)
+            yield log
         finally:
-            os.close(descriptor)
             log.close()
             del self._open[worker_id]
 
@@ -135,6 +133,16 @@ def _prune(directory: Path, older_than: float, keep: set[Path]) -> None:
         with contextlib.suppress(FileNotFoundError):
             if path not in keep and path.stat().st_mtime < older_than:
                 path.unlink()
+
+
+async def pump(descriptor: int, log: WorkerLog) -> None:
+    """Move bytes from a pipe's read end to a log until its writers are gone; closes the descriptor."""
+    os.set_blocking(descriptor, False)
+    try:
+        async for data in _chunks(descriptor):
+            await log.append(data)
+    finally:
+        os.close(descriptor)
 
 
 async def _chunks(descriptor: int) -> AsyncIterator[bytes]:

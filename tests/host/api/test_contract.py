@@ -204,7 +204,7 @@ def test_a_full_disk_is_told_as_that_and_nothing_is_left(own_pair):
     pair.http.post("/api/v1/apps", json={"name": "huge"})
     in_shape(pair.http.post("/api/v1/apps/huge/bundles", content=archive({"app.R": noise})), 507, "disk_full")
     assert not list((pair.state / "uploads").iterdir())
-    text = archive({"app.R": "shinyApp(1, 2)\n", "data": "0123456789" * 400_000})  # small packed, large unpacked
+    text = archive({"app.R": "shinyApp(1, 2)\n", "data": noise[: 5 << 19]})  # half as large packed
     task = pair.http.post("/api/v1/apps/huge/bundles", content=text).json()["task_id"]
     log = pair.http.get(f"/api/v1/tasks/{task}/logs").text
     assert "disk is full" in log or "Not enough" in log

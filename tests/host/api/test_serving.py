@@ -289,6 +289,17 @@ def test_an_app_that_crashes_later_is_told_as_that_and_the_next_try_starts_it_ag
     wait_for(lambda: visitor.get("/app/crashing/").status_code == 200, what="the app again")
 
 
+def test_a_sandbox_that_cannot_be_made_is_told_at_once_in_its_own_words(own_pair):
+    pair = own_pair("process.r_path = '/usr/bin/R-is-not-here'")
+    pair.deploy("boxless", simple_app())
+    began = time.monotonic()
+    answer = pair.visitor().get("/app/boxless/")
+    assert answer.status_code == 503
+    assert time.monotonic() - began < 10  # and not the minute that an app has to start
+    assert "bwrap" not in answer.text
+    assert "bwrap: execvp /usr/bin/R-is-not-here" in pair.runtime("boxless")["workers"][0]["end_reason"]
+
+
 def test_an_app_without_bundle_says_so(pair):
     pair.http.post("/api/v1/apps", json={"name": "empty"})
     pair.http.patch("/api/v1/apps/empty", json={"access_type": "public"})
@@ -308,7 +319,7 @@ def test_a_pool_that_is_used_up_is_told_and_nothing_leaks(own_pair):
     pair.http.post("/api/v1/apps/pool/disable")
     wait_for(lambda: not list(pair.runtime_dirs()), what="an empty runtime directory")
     pair.http.post("/api/v1/apps/pool/enable")
-    assert pair.visitor().get("/app/pool/").status_code == 200
+    wait_for(lambda: pair.visitor().get("/app/pool/").status_code == 200, what="the uid's return")
 
 
 IMPOSTOR = """
@@ -323,7 +334,7 @@ def test_a_worker_that_puts_a_link_to_the_spawner_in_its_sockets_place_is_ended(
     visitor.get("/app/impostor/")
     time.sleep(1.5)
     connections = pair.log("spawner").count("refus")
-    answer = visitor.get("/app/impostor/", Connection="close")
+    answer = visitor.http.post("/app/impostor/")  # never sent on a connection that was made, and checked, before
     assert answer.status_code in (502, 503)
     wait_for(lambda: not pair.workers("impostor"), what="the end")
     assert "impostor" in pair.runtime("impostor")["workers"][0]["end_reason"]
@@ -338,7 +349,7 @@ def test_nothing_of_a_worker_is_left_after_its_end(pair):
     assert len(uid_processes(uid)) >= 3
     pair.http.post("/api/v1/apps/leaving/disable")
     wait_for(lambda: not pair.workers("leaving"), what="the end")
-    assert uid_processes(uid) == []
+    wait_for(lambda: not uid_processes(uid), 5, "init to reap the dead")
     assert not (pair.runtime_dir / worker).exists()
     assert not (pair.cgroup / "workers" / worker).exists()
 

@@ -9,11 +9,12 @@ from blockyard_api.workers.log import Logs
 
 async def pumped(logs, *chunks, worker="w" * 32):
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    pump = asyncio.create_task(logs.pump(worker, read_end))
-    for chunk in chunks:
-        await asyncio.to_thread(os.write, write_end, chunk)
-    os.close(write_end)
-    await pump
+    with logs.writing(worker) as written:
+        pumping = asyncio.create_task(log.pump(read_end, written))
+        for chunk in chunks:
+            await asyncio.to_thread(os.write, write_end, chunk)
+        os.close(write_end)
+        await pumping
     return logs.of(worker)
 
 
@@ -42,17 +43,19 @@ async def test_a_log_never_takes_more_than_two_segments(tmp_path, monkeypatch):
 async def test_a_follower_sees_what_comes_and_ends_with_the_worker(tmp_path):
     logs = Logs(tmp_path)
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    pump = asyncio.create_task(logs.pump("a" * 32, read_end))
-    os.write(write_end, b"first\n")
-    await asyncio.sleep(0.05)
-    follower = asyncio.create_task(whole(logs.of("a" * 32), follow=True))
-    await asyncio.sleep(0.05)
-    assert not follower.done()
-    os.write(write_end, b"second\n")
-    os.close(write_end)
+    with logs.writing("a" * 32) as written:
+        pumping = asyncio.create_task(log.pump(read_end, written))
+        os.write(write_end, b"first\n")
+        await asyncio.sleep(0.05)
+        follower = asyncio.create_task(whole(logs.of("a" * 32), follow=True))
+        await asyncio.sleep(0.05)
+        assert not follower.done()
+        os.write(write_end, b"second\n")
+        os.close(write_end)
+        await pumping
+        await written.append(b"the platform's last word\n")
     async with asyncio.timeout(5):
-        assert await follower == b"first\nsecond\n"
-        await pump
+        assert await follower == b"first\nsecond\nthe platform's last word\n"
 
 
 async def test_a_log_goes_on_where_it_was_when_its_pipe_is_taken_over(tmp_path):

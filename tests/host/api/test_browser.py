@@ -1,0 +1,75 @@
+"""A person's way: Chromium opens the app's address, waits through the loading page, moves the slider, sees the plot."""
+
+import os
+
+import pytest
+from playwright.sync_api import sync_playwright
+from running_pair import HELLO, simple_app
+
+CHROMIUM = "/usr/bin/chromium"
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS, timeout=60_000)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser):
+    context = browser.new_context()
+    context.set_default_timeout(30_000)
+    yield context.new_page()
+    context.close()
+
+
+def picture(page):
+    return page.locator("#histogram img").get_attribute("src")
+
+
+def test_the_slider_moves_the_plot(pair, page):
+    pair.deploy("hello", {path.name: path.read_text() for path in HELLO.iterdir() if path.is_file()})
+    page.goto(f"{pair.control_url}/app/hello/")  # the control plane's address leads to the app's own
+    page.wait_for_selector("text=Hello from Blockyard")
+    page.wait_for_selector("#histogram img")
+    assert page.url == f"{pair.relay_origin}/app/hello/"
+    before = picture(page)
+    slider = page.locator(".irs-line").bounding_box()
+    page.mouse.click(slider["x"] + slider["width"] * 0.2, slider["y"] + slider["height"] / 2)
+    page.wait_for_function("before => document.querySelector('#histogram img').src !== before", arg=before)
+    assert picture(page) != before
+    if directory := os.environ.get("BLOCKYARD_SCREENSHOTS"):
+        page.screenshot(path=f"{directory}/hello.png")
+
+
+def test_the_loading_page_turns_into_the_app_by_itself(pair, page):
+    pair.deploy("slow-start", simple_app("Sys.sleep(1)"))
+    page.goto(f"{pair.relay_origin}/app/slow-start/")
+    assert "starting" in page.inner_text("main")
+    page.wait_for_selector("text=plain page")
+
+
+def test_a_failed_start_is_shown_with_a_way_to_try_again(pair, page):
+    pair.deploy("failing", simple_app("stop('no')"))
+    page.goto(f"{pair.relay_origin}/app/failing/")
+    page.wait_for_selector("text=could not start")
+    page.wait_for_selector("text=Try again")
+
+
+def test_a_private_app_shows_a_page_that_says_so(pair, page):
+    pair.deploy("private", simple_app(), access_type="acl")
+    assert page.goto(f"{pair.relay_origin}/app/private/").status == 401
+    assert "not public" in page.inner_text("main")
+
+
+def test_a_page_of_another_origin_cannot_read_the_control_plane(pair, page):
+    pair.deploy("hello-two", simple_app())
+    page.goto(f"{pair.relay_origin}/app/hello-two/")
+    page.wait_for_selector("text=plain page")
+    outcome = page.evaluate(
+        "url => fetch(url, {credentials: 'include'}).then(r => r.text(), e => 'refused')", f"{pair.control_url}/readyz"
+    )
+    assert outcome == "refused"
