@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -80,6 +81,8 @@ async def _token(configured: Settings, *, bootstrap: bool) -> str:
 
 
 async def _serve(configured: Settings) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a WebSocket takes two; the usual soft limit is 1024
     sockets, log_pipes = take_passed(os.environ)
     manager = ServiceManager(os.environ.pop("NOTIFY_SOCKET", ""))
     if sockets:

@@ -6,6 +6,7 @@ WebSocket, longer after a WebSocket dropped, so that its owner finds his state a
 
 import asyncio
 import hashlib
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 from sqlalchemy import bindparam, func, insert, select, update
 
 from blockyard_api.apps.catalog import App
-from blockyard_api.errors import TooMany
+from blockyard_api.errors import OutOfSpace, TooMany
 from blockyard_api.identity.tokens import Principal, digest
 from blockyard_api.settings import Proxy
 from blockyard_api.store.database import Database
@@ -27,6 +28,8 @@ PAGE_WINDOW = 15.0  # seconds between a page and its WebSocket: a crawler holds 
 _BURST, _PER_SECOND = 30, 3.0  # new sessions of one client address; assets and known visitors are not counted
 _MOST_CLIENTS = 10_000
 _RECENT = 7 * 86400.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -159,9 +162,8 @@ class Sessions:
         try:
             async with self._database.begin() as connection:
                 await connection.execute(insert(table).values(**row))
-        except BaseException:
-            self._forget(session)
-            raise
+        except OutOfSpace as error:  # the visitor is served all the same; only a restart would not know him
+            log.warning("a session is not recorded: %s", error.message)
         return session, cookie
 
     async def move(self, session: Session, app: App) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy.dialects.sqlite import insert
 from blockyard_api.apps.catalog import App, Catalog
 from blockyard_api.backends.spawner import Result, Spawner, SpawnerRefused, SpawnerUnreachable
 from blockyard_api.backends.worker_socket import WorkerSocket
-from blockyard_api.errors import Unavailable
+from blockyard_api.errors import OutOfSpace, Unavailable
 from blockyard_api.host.notify import ServiceManager
 from blockyard_api.settings import Settings
 from blockyard_api.store.database import Database
@@ -323,7 +323,6 @@ class Fleet:
         return result
 
     async def _spawn(self, worker: Worker, app: App) -> tuple[int, int | None]:
-        await self._record(worker)
         request = protocol.Spawn(
             0,
             worker.id,
@@ -344,6 +343,8 @@ class Fleet:
             os.close(write_end)
         self._know(worker, spawned.uid, spawned.cgroup)
         self._manager.keep_log(worker.id, read_end)
+        # after the spawn, while R starts: a worker without a row belongs to nobody, and `sweep` ends it
+        await self._record(worker)
         return spawned.pidfd, read_end
 
     def _know(self, worker: Worker, uid: int, cgroup: str) -> None:
@@ -447,8 +448,11 @@ class Fleet:
             "end_reason": worker.end_reason,
         }
         statement = insert(table).values(id=worker.id, **row).on_conflict_do_update(index_elements=["id"], set_=row)
-        async with self._database.begin() as connection:
-            await connection.execute(statement)
+        try:
+            async with self._database.begin() as connection:
+                await connection.execute(statement)
+        except OutOfSpace as error:  # visitors are served all the same; only a restart would not find this worker
+            log.warning("worker %s is not recorded: %s", worker.id, error.message)
 
     # --- from outside --------------------------------------------------------------------------------------------
 
