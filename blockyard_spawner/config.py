@@ -3,14 +3,18 @@
 A key is a name, a default and a parser. The API adds its own keys to these; the spawner ignores what is not its own.
 """
 
+import contextlib
 import difflib
 import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 DEFAULT_PATH = "/etc/blockyard/blockyard.toml"
+_SHIFTS = {"k": 10, "m": 20, "g": 30, "t": 40}
+
+T = TypeVar("T")
 
 
 class ConfigError(Exception):
@@ -34,37 +38,13 @@ class DataMount:
     writable: bool
 
 
-def text(value: object) -> str:
-    """A string without NUL."""
-    if type(value) is not str or "\0" in value:
-        raise ValueError("a string")
-    return value
+def written(meaning: str, pattern: str, convert: Callable[[str], T], *types: type) -> Callable[[object], T]:
+    """Parse what matches `pattern` whole: a string, or one of TOML's other `types` as it is written."""
 
-
-def path(value: object) -> str:
-    """An absolute path without '..'."""
-    if not text(value).startswith("/") or ".." in text(value).split("/"):
-        raise ValueError("an absolute path without '..'")
-    return text(value).rstrip("/") or "/"
-
-
-def boolean(value: object) -> bool:
-    """TOML's true and false, or their names."""
-    named = {"true": True, "false": False}
-    if type(value) is str and value.lower() in named:
-        return named[value.lower()]
-    if type(value) is not bool:
-        raise ValueError("true or false")
-    return value
-
-
-def choice(*allowed: str) -> Callable[[object], str]:
-    """One of the given words."""
-
-    def parse(value: object) -> str:
-        if value not in allowed:
-            raise ValueError(" or ".join(f'"{word}"' for word in allowed))
-        return str(value)
+    def parse(value: object) -> T:
+        if type(value) not in (str, *types) or not re.fullmatch(pattern, str(value)):
+            raise ValueError(meaning)
+        return convert(str(value))
 
     return parse
 
@@ -72,35 +52,31 @@ def choice(*allowed: str) -> Callable[[object], str]:
 def integer(low: int, high: int) -> Callable[[object], int]:
     """A whole number within bounds."""
 
-    def parse(value: object) -> int:
-        number = int(value) if type(value) is str and re.fullmatch(r"[0-9]{1,18}", value) else value
-        if type(number) is not int or not low <= number <= high:
+    def within(digits: str) -> int:
+        if int(digits) not in range(low, high + 1):
             raise ValueError(f"a whole number from {low} to {high}")
-        return number
+        return int(digits)
 
-    return parse
-
-
-def size(value: object) -> int:
-    """Bytes from "512m" or "2g"; a bare number is refused as ambiguous."""
-    match = re.fullmatch(r"([1-9][0-9]{0,11})([kmgt])b?", value.lower()) if type(value) is str else None
-    if match is None:
-        raise ValueError('a size such as "512m" or "2g"')
-    return int(match[1]) << {"k": 10, "m": 20, "g": 30, "t": 40}[match[2]]
+    return written(f"a whole number from {low} to {high}", "[0-9]{1,18}", within, int)
 
 
-def cpu(value: object) -> int:
-    """Thousandths of a core from 1.5 or "1.5"."""
-    if type(value) not in (int, float, str) or not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", str(value)):
-        raise ValueError('a number of cores such as 0.5 or "2"')
-    if not (thousandths := round(float(str(value)) * 1000)):
-        raise ValueError("more than 0 cores")
-    return thousandths
+def choice(*allowed: str) -> Callable[[object], str]:
+    """One of the given words."""
+    return written(" or ".join(f'"{word}"' for word in allowed), "|".join(allowed), str)
 
 
 def unless_none(parse: Callable[[object], Any]) -> Callable[[object], Any]:
     """`parse`, with "none" for no limit."""
     return lambda value: None if value == "none" else parse(value)
+
+
+text = written("a string", r"[^\0]*", str)
+path = written("an absolute path without '..'", r"(/(?!\.\.(/|$))[^/\0]*)+", lambda value: value.rstrip("/") or "/")
+boolean = written("true or false", "(?i:true|false)", lambda value: value.lower() == "true", bool)
+_SIZE = "[1-9][0-9]{0,11}[kmgtKMGT]"
+size = written('a size such as "512m"', _SIZE, lambda value: int(value[:-1]) << _SHIFTS[value[-1].lower()])
+_CORES = r"(?=.*[1-9])[0-9]{1,4}(\.[0-9]{1,3})?"
+cpu = written('a number of cores such as 0.5 or "2"', _CORES, lambda value: round(float(value) * 1000), int, float)
 
 
 def string_map(value: object) -> dict[str, str]:
@@ -112,14 +88,12 @@ def string_map(value: object) -> dict[str, str]:
 
 def data_mounts(value: object) -> dict[str, DataMount]:
     """A list of ``{name, path, mode}`` with mode "ro" or "rw"."""
-    if type(value) is not list or not all(type(entry) is dict for entry in value):
-        raise ValueError('a list of {name = "…", path = "/…", mode = "ro" | "rw"}')
     mounts = {}
-    for entry in value:
-        if set(entry) - {"mode"} != {"name", "path"} or not re.fullmatch(r"[A-Za-z0-9][\w-]{0,63}", str(entry["name"])):
+    for entry in value if type(value) is list else [value]:
+        if type(entry) is not dict or set(entry) - {"mode"} != {"name", "path"}:
             raise ValueError('a list of {name = "…", path = "/…", mode = "ro" | "rw"}')
-        writable = choice("ro", "rw")(entry.get("mode", "ro")) == "rw"
-        mounts[entry["name"]] = DataMount(entry["name"], path(entry["path"]), writable)
+        name = written("a list of well-named mounts", "[A-Za-z0-9][A-Za-z0-9_-]{0,63}", str)(entry["name"])
+        mounts[name] = DataMount(name, path(entry["path"]), choice("ro", "rw")(entry.get("mode", "ro")) == "rw")
     return mounts
 
 
@@ -154,11 +128,10 @@ def load(file: str, environ: Mapping[str, str], keys: Mapping[str, Key], *, clos
     With `closed`, a key in the file that is not in `keys` is an error. A missing file means defaults.
     Raises ConfigError.
     """
+    document: dict[str, Any] = {}
     try:
-        with open(file, "rb") as handle:
+        with contextlib.suppress(FileNotFoundError), open(file, "rb") as handle:
             document = tomllib.load(handle)
-    except FileNotFoundError:
-        document = {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: {error}; correct the file or restore its readable mode.") from error
     given: dict[str, tuple[str, object]] = {}
@@ -167,16 +140,15 @@ def load(file: str, environ: Mapping[str, str], keys: Mapping[str, Key], *, clos
             raise ConfigError(f"{file}: '{section}' stands outside a section; put it below [server] or its like.")
         given |= {f"{section}.{name}": (file, value) for name, value in table.items()}
     if closed and (unknown := [name for name in given if name not in keys]):
-        near = difflib.get_close_matches(unknown[0], keys, n=1)
-        remedy = f"did you mean '{near[0]}'?" if near else "remove it."
-        raise ConfigError(f"{file}: unknown key '{unknown[0]}'; {remedy}")
-    variables = {f"BLOCKYARD_{name.replace('.', '_').upper()}": name for name in keys}
-    given |= {name: (variable, environ[variable]) for variable, name in variables.items() if variable in environ}
+        near = [f"did you mean '{name}'?" for name in difflib.get_close_matches(unknown[0], keys, n=1)]
+        raise ConfigError(f"{file}: unknown key '{unknown[0]}'; {(*near, 'remove it.')[0]}")
+    variables = {name: f"BLOCKYARD_{name.replace('.', '_').upper()}" for name in keys}
+    given |= {name: (variable, environ[variable]) for name, variable in variables.items() if variable in environ}
     result = {name: key.default for name, key in keys.items()}
-    for name, (source, value) in given.items():
-        if name in keys:
-            try:
-                result[name] = keys[name].parse(value)
-            except ValueError as error:
-                raise ConfigError(f"{source}: '{name}' must be {error}; it is {value!r:.80}.") from error
+    for name in given.keys() & keys.keys():
+        source, value = given[name]
+        try:
+            result[name] = keys[name].parse(value)
+        except ValueError as error:
+            raise ConfigError(f"{source}: '{name}' must be {error}; it is {value!r:.80}.") from error
     return result

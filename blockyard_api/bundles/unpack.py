@@ -336,8 +336,10 @@ def _entry_point(kinds: Mapping[str, str]) -> str:
     raise BundleRefused("no_entry_point", "Put app.R, or server.R and ui.R, at the top of the bundle.")
 
 
+# A string that is never closed runs to the end: looking for its close again and again would take quadratic time.
 _TOKEN = re.compile(
-    rb"""(?P<skip>\s+|\#[^\n]*|[rR](["'])(-*)[\[({].*?[\])}]\3\2|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`[^`]*`)"""
+    rb"""(?P<skip>\s+|\#[^\n]*|[rR](["'])(-*)[\[({].*?(?:[\])}]\3\2|\Z)"""
+    rb"""|"(?:\\.|[^"\\])*(?:"|\\?\Z)|'(?:\\.|[^'\\])*(?:'|\\?\Z)|`[^`]*(?:`|\Z))"""
     rb"""|(?P<name>[A-Za-z.][\w.]*)|(?P<other>.)""",
     re.DOTALL,
 )

@@ -6,13 +6,12 @@ The relay knows HTTP and nothing of apps; the gate knows apps and nothing of byt
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 Header = tuple[bytes, bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class RequestHead:
+class RequestHead(NamedTuple):  # a tuple, as Forward is: one of each is made for every request
     """A request's head as parsed and checked: names as sent, `target` raw and in origin form."""
 
     method: bytes
@@ -63,8 +62,7 @@ class Reply:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
+class Forward(NamedTuple):
     """Pass the request on."""
 
     upstream: Upstream

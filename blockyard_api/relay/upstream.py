@@ -63,7 +63,20 @@ class Exchange(Protocol):
 class WorkerConnection(asyncio.Protocol):
     """One connection to a worker: at most one exchange at a time."""
 
-    __slots__ = ("_decoder", "_exchange", "_held", "_interim", "_left", "_mode", "_pool", "_sock", "reused", "transport")
+    __slots__ = (
+        "_decoder",
+        "_exchange",
+        "_held",
+        "_interim",
+        "_keep",
+        "_left",
+        "_mode",
+        "_pool",
+        "_sock",
+        "age",
+        "transport",
+        "used",
+    )
 
     transport: asyncio.Transport
 
@@ -75,8 +88,10 @@ class WorkerConnection(asyncio.Protocol):
         self._held = b""
         self._left = 0
         self._interim = 0
+        self._keep = True
         self._decoder: ChunkedDecoder | None = None
-        self.reused = False
+        self.used = False  # for an earlier exchange
+        self.age = 0  # ticks in the pool
 
     def begin(self, exchange: Exchange, head: bytes) -> None:
         """Send a request's head; its body, if any, goes straight to `transport`."""
@@ -85,15 +100,26 @@ class WorkerConnection(asyncio.Protocol):
         self._interim = 0
         self.transport.write(head)
 
+    def release(self, *, reusable: bool) -> None:
+        """End the exchange after its response; `reusable` if the request was sent whole."""
+        self._exchange = None
+        self.used = True
+        if reusable and self._keep and not self.transport.is_closing():
+            self._pool.put(self)
+        else:
+            self._pool.free_place()
+            self.transport.abort()
+
     def abandon(self) -> None:
         """Break off: the visitor went away, or nothing that comes can be of use."""
         self._exchange = None
+        self._pool.free_place()
         self.transport.abort()
 
     def detach(self) -> asyncio.Transport:
         """Give up the transport, which becomes one end of a tunnel."""
         self._exchange = None
-        self._pool.leave()
+        self._pool.free_place()
         return self.transport
 
     # asyncio.Protocol
@@ -130,14 +156,15 @@ class WorkerConnection(asyncio.Protocol):
         """Tell a good end from a bad one."""
         if error is not None and self._exchange is not None and self._mode == _HEAD:
             self._read_last_words()
-        self._pool.lost(self, held=self._exchange is not None)
         exchange, self._exchange = self._exchange, None
         if exchange is None:
+            self._pool.discard(self)
             return
+        self._pool.free_place()
         if self._mode == _UNTIL_CLOSE and error is None:
             exchange.ended()
         else:
-            untouched = self.reused and self._mode == _HEAD and not self._held and not self._interim
+            untouched = self.used and self._mode == _HEAD and not self._held and not self._interim
             exchange.lost(HungUp("the worker closed the connection too early"), untouched=untouched)
 
     def _read_last_words(self) -> None:
@@ -154,7 +181,7 @@ class WorkerConnection(asyncio.Protocol):
             if end < 0:
                 self._held = data
                 if len(data) >= MAX_HEAD:
-                    self._refuse(exchange, "its response head is too large")
+                    self._refuse(exchange, "the worker's response head is too large")
                 return
             try:
                 response = parse_response(data[: end + 4])
@@ -169,35 +196,168 @@ class WorkerConnection(asyncio.Protocol):
                 return
             self._interim += 1
             if self._interim > _MAX_INTERIM:
-                self._refuse(exchange, "it sends interim responses without end")
+                self._refuse(exchange, "the worker sends interim responses without end")
                 return
             exchange.interim(response)
         self._held = b""
         self._begin_body(exchange, response, data)
 
+    def _upgrade(self, exchange: Exchange, response: Response, rest: bytes) -> None:
+        if exchange.websocket and response.upgrade == b"websocket":
+            exchange.upgraded(response, rest)
+        else:
+            self._refuse(exchange, "the worker switched protocols unasked")
+
     def _begin_body(self, exchange: Exchange, response: Response, data: bytes) -> None:
         has_body = exchange.wants_body and response.status not in (204, 304)
-        length = response.length if has_body else 0
-        if not response.keep_alive or (length is None and not response.chunked):
-            self.reused = False
-            self._pool.retire(self)
-        if length is not None and (not response.chunked or not has_body):
-            if len(data) > length:
-                self._refuse(exchange, "it sends more than it announced")
-                return
+        self._keep = response.keep_alive
+        if not has_body or response.length is not None:
+            length = response.length if has_body and response.length is not None else 0
             self._left = length - len(data)
             self._mode = _LENGTH
-            if self._left:
-                exchange.responded(response, data, has_body=has_body, ended=False)
+            if self._left < 0:
+                self._refuse(exchange, "the worker sent more than it announced")
             else:
-                self._release()
-                exchange.responded(response, data, has_body=has_body, ended=True)
+                exchange.responded(response, data, has_body=has_body, ended=not self._left)
         elif response.chunked:
             self._mode = _CHUNKED
             self._decoder = ChunkedDecoder()
             exchange.responded(response, b"", has_body=True, ended=False)
-            if data and self._exchange is not None:
+            if data:
                 self._read_chunks(exchange, data)
         else:
+            self._keep = False
             self._mode = _UNTIL_CLOSE
             exchange.responded(response, data, has_body=True, ended=False)
+
+    def _read_length(self, exchange: Exchange, data: bytes) -> None:
+        self._left -= len(data)
+        if self._left < 0:
+            self._keep = False
+            data = data[: self._left]
+        exchange.body([data])
+        if self._left <= 0 and self._exchange is exchange:
+            exchange.ended()
+
+    def _read_chunks(self, exchange: Exchange, data: bytes) -> None:
+        decoder = cast("ChunkedDecoder", self._decoder)
+        try:
+            pieces, rest = decoder.feed(data)
+        except BadBody as bad:
+            self._refuse(exchange, str(bad))
+            return
+        if pieces:
+            exchange.body(pieces)
+        if decoder.done and self._exchange is exchange:
+            self._keep = self._keep and not rest
+            exchange.ended()
+
+    def _refuse(self, exchange: Exchange, why: str) -> None:
+        self.abandon()
+        exchange.lost(BadResponse(why), untouched=False)
+
+
+class Pool:
+    """The connections to one worker: idle ones kept for reuse, busy ones counted, requests beyond that in a queue."""
+
+    def __init__(self, upstream: Upstream, *, most: int, idle: int, queue: int) -> None:
+        self._upstream = upstream
+        self._most = most
+        self._most_idle = idle
+        self._most_waiting = queue
+        self._idle: list[WorkerConnection] = []
+        self._busy = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._forgotten = False
+
+    def take(self) -> WorkerConnection | None:
+        """Return an idle connection if there is one and nobody waits for it."""
+        while self._idle and self._busy < self._most:
+            connection = self._idle.pop()
+            if not connection.transport.is_closing():
+                self._busy += 1
+                return connection
+        return None
+
+    async def connect(self, *, fresh: bool) -> WorkerConnection:
+        """Wait for a place and return a connection, a new one if `fresh`. Raises UpstreamError."""
+        await self._wait_for_place()
+        while self._idle and not fresh:
+            connection = self._idle.pop()
+            if not connection.transport.is_closing():
+                return connection
+        try:
+            async with asyncio.timeout(_DIAL_WITHIN):
+                sock = await self._upstream.connect()
+                return await self._adopt(sock)
+        except TimeoutError as error:
+            self.free_place()
+            raise TooSlow("the worker does not accept connections") from error
+        except BaseException:
+            self.free_place()
+            raise
+
+    async def _adopt(self, sock: socket.socket) -> WorkerConnection:
+        loop = asyncio.get_running_loop()
+        try:
+            _, connection = await loop.create_unix_connection(lambda: WorkerConnection(self, sock), sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        return connection
+
+    async def _wait_for_place(self) -> None:
+        if self._busy < self._most:
+            self._busy += 1
+            return
+        if len(self._waiting) >= self._most_waiting:
+            raise Overloaded("too many requests wait for this worker")
+        place = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self.free_place()
+            else:
+                self._waiting.remove(place)
+            raise
+
+    def free_place(self) -> None:
+        """Hand the place of a finished exchange to the next in the queue."""
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+        self._busy -= 1
+
+    def put(self, connection: WorkerConnection) -> None:
+        """Take a connection back after its exchange."""
+        if self._forgotten or len(self._idle) >= self._most_idle:
+            connection.transport.abort()
+        else:
+            connection.age = 0
+            self._idle.append(connection)
+        self.free_place()
+
+    def discard(self, connection: WorkerConnection) -> None:
+        """Drop a connection that closed while idle."""
+        with contextlib.suppress(ValueError):
+            self._idle.remove(connection)
+
+    def expire(self, ticks: int) -> bool:
+        """Close what has been idle for `ticks` calls; return whether nothing is left of the pool."""
+        for connection in self._idle:
+            connection.age += 1
+        for connection in [connection for connection in self._idle if connection.age > ticks]:
+            self._idle.remove(connection)
+            connection.transport.abort()
+        return not self._idle and not self._busy
+
+    def close(self) -> None:
+        """Close what is idle now, and what is busy when its exchange ends."""
+        self._forgotten = True
+        for connection in self._idle:
+            connection.transport.abort()
+        self._idle.clear()

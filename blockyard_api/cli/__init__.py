@@ -1,0 +1,1 @@
+"""The command line `by`: a client of the HTTP API and of nothing else."""

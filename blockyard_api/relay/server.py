@@ -1,0 +1,210 @@
+"""The relay as a whole: its listeners, limits and clock, who is connected, and the pool of each worker."""
+
+import asyncio
+import ipaddress
+import math
+import socket
+from collections import Counter
+from dataclasses import dataclass
+
+from blockyard_api.relay.connection import ClientConnection, Patience
+from blockyard_api.relay.gate import Gate, Reply, Upstream
+from blockyard_api.relay.head import Request, refusal
+from blockyard_api.relay.upstream import Pool
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
+class RelayLimits:
+    """Bounds of the relay. Durations are seconds of silence, not totals, except for `head` and `linger`."""
+
+    connections: int = 10_000
+    connections_per_address: int = 1_000  # a whole office may sit behind one address
+    worker_connections: int = 128  # requests under way at one worker; WebSockets do not count
+    worker_idle_connections: int = 64
+    worker_queue: int = 1_024
+    head: float = 30.0  # from a head's first byte to its last
+    idle: float = 75.0  # between requests
+    upload: float = 60.0
+    worker: float = 600.0  # R is single-threaded: an answer may wait for another visitor's computation
+    stall: float = 120.0  # a visitor takes nothing of what waits for him
+    linger: float = 10.0  # from the last word to the end of the connection
+    pooled: float = 15.0  # an idle connection to a worker
+
+
+class Relay:
+    """Takes visitors' connections and relays what the gate admits."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        *,
+        trusted_proxies: tuple[Network, ...] = (),
+        public_scheme: str = "http",
+        limits: RelayLimits | None = None,
+    ) -> None:
+        self.gate = gate
+        self.closing = False
+        self._limits = limits or RelayLimits()
+        self._trusted = trusted_proxies
+        self._secure = public_scheme == "https"
+        durations = {name: float(getattr(self._limits, name)) for name in Patience.__dataclass_fields__}
+        self._tick = min(1.0, *(seconds / 4 for seconds in durations.values()))
+        self.patience = Patience(**{name: self._ticks(seconds) for name, seconds in durations.items()})
+        self._connections: set[ClientConnection] = set()
+        self._addresses: Counter[str] = Counter()
+        self._pools: dict[int, tuple[Upstream, Pool]] = {}
+        self._servers: list[asyncio.Server] = []
+        self._clock: asyncio.TimerHandle | None = None
+        self._empty = asyncio.Event()
+
+    def _ticks(self, seconds: float) -> int:
+        return max(1, math.ceil(seconds / self._tick))
+
+    @property
+    def open_connections(self) -> int:
+        """Visitors' connections, WebSockets included."""
+        return len(self._connections)
+
+    @property
+    def open_websockets(self) -> int:
+        """Visitors' WebSockets."""
+        return sum(connection.tunnelled for connection in self._connections)
+
+    def protocol(self) -> ClientConnection:
+        """Return the protocol of a new connection (a factory for `loop.create_server`)."""
+        return ClientConnection(self)
+
+    async def listen(self, sock: socket.socket) -> None:
+        """Serve on a listening socket until `close`."""
+        loop = asyncio.get_running_loop()
+        self._servers.append(await loop.create_server(self.protocol, sock=sock, backlog=1024))
+
+    def forget(self, upstream: Upstream) -> None:
+        """Close the connections to a worker that has ended or is to get no more requests."""
+        entry = self._pools.pop(id(upstream), None)
+        if entry is not None:
+            entry[1].close()
+
+    async def close(self, grace: float) -> None:
+        """Stop accepting, tell WebSockets to go away, finish what is under way for `grace` seconds at most."""
+        self.closing = True
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+        for connection in list(self._connections):
+            connection.shut_down()
+        try:
+            async with asyncio.timeout(grace):
+                await self._until_empty()
+        except TimeoutError:
+            for connection in list(self._connections):
+                connection.abort()
+            await self._until_empty()
+        for _, pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    async def _until_empty(self) -> None:
+        while self._connections:
+            self._empty.clear()
+            await self._empty.wait()
+
+    # what connections ask
+
+    def arrived(self, connection: ClientConnection, address: str) -> Reply | None:
+        """Count a new connection in; returns the refusal if there are too many."""
+        self._connections.add(connection)
+        self._addresses[address] += 1
+        if self._clock is None:
+            self._clock = asyncio.get_running_loop().call_later(self._tick, self._on_tick)
+        if self.closing:
+            return refusal(503, "The server is stopping.", (b"Retry-After", b"5"))
+        if len(self._connections) > self._limits.connections:
+            return refusal(503, "Too many connections are open.", (b"Retry-After", b"10"))
+        if self._addresses[address] > self._limits.connections_per_address and not self._is_trusted(address):
+            return refusal(429, "Too many connections from one address.", (b"Retry-After", b"10"))
+        return None
+
+    def left(self, connection: ClientConnection, address: str) -> None:
+        """Count a connection out."""
+        self._connections.discard(connection)
+        self._addresses[address] -= 1
+        if not self._addresses[address]:
+            del self._addresses[address]
+        if not self._connections:
+            self._empty.set()
+
+    def pool(self, upstream: Upstream) -> Pool:
+        """Return the pool of a worker."""
+        entry = self._pools.get(id(upstream))
+        if entry is None:
+            pool = Pool(
+                upstream,
+                most=self._limits.worker_connections,
+                idle=self._limits.worker_idle_connections,
+                queue=self._limits.worker_queue,
+            )
+            # the upstream is kept beside its pool so that its id stays its own
+            entry = self._pools[id(upstream)] = (upstream, pool)
+        return entry[1]
+
+    def origin(self, peer: str, request: Request) -> tuple[str, bool, bytes]:
+        """Return the visitor's address, whether https was used, and the X-Forwarded fields for the worker."""
+        host = request.host or b"localhost"
+        if not self._trusted or not self._is_trusted(peer):
+            scheme = b"https" if self._secure else b"http"
+            fields = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n"
+            return peer, self._secure, fields % (peer.encode(), scheme, host)
+        return self._origin_behind_proxy(peer, request, host)
+
+    def _origin_behind_proxy(self, peer: str, request: Request, host: bytes) -> tuple[str, bool, bytes]:
+        said = request.special
+        hops = [
+            hop.strip(b" \t").decode("latin-1") for line in said.get(b"x-forwarded-for", ()) for hop in line.split(b",")
+        ]
+        client = peer
+        for hop in reversed(hops):
+            if not self._is_trusted(client) or not _is_address(hop):
+                break
+            client = hop
+        secure = self._secure
+        proto = said.get(b"x-forwarded-proto", [])
+        if proto in ([b"http"], [b"https"]):
+            secure = proto == [b"https"]
+        fields = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n" % (
+            ", ".join([*hops, peer]).encode("latin-1"),
+            b"https" if secure else b"http",
+            said.get(b"x-forwarded-host", [host])[0],
+        )
+        return client, secure, fields
+
+    def _is_trusted(self, address: str) -> bool:
+        if not self._trusted or not _is_address(address):
+            return False
+        parsed = ipaddress.ip_address(address)
+        return any(parsed in network for network in self._trusted)
+
+    def _on_tick(self) -> None:
+        for connection in list(self._connections):
+            connection.tick()
+        pooled = self._ticks(self._limits.pooled)
+        for key, (_, pool) in list(self._pools.items()):
+            if pool.expire(pooled):
+                pool.close()  # a request that found it a moment ago still may use it, but leaves nothing behind
+                del self._pools[key]
+        self._clock = None
+        if self._connections or self._pools:
+            self._clock = asyncio.get_running_loop().call_later(self._tick, self._on_tick)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,115 @@
+"""The root helper's program: configuration, the socket, the loop."""
+
+import argparse
+import asyncio
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import pwd
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+os.environ["MSGPACK_PUREPYTHON"] = "1"  # no C parser sees a hostile peer's bytes; msgpack reads this when imported
+
+import prctl
+import sdnotify
+
+from blockyard_spawner import policy
+from blockyard_spawner.config import DEFAULT_PATH, KEYS, ConfigError, load
+from blockyard_spawner.server import serve
+from blockyard_spawner.workers import Workers
+
+
+def main() -> None:
+    """Run until SIGTERM; workers go on."""
+    parser = argparse.ArgumentParser(prog="blockyard-spawner", description="Start, stop and list Blockyard's workers.")
+    parser.add_argument("--config", default=DEFAULT_PATH, metavar="PATH", help=f"default {DEFAULT_PATH}")
+    parser.add_argument("--socket", metavar="PATH", help="listen here; without it, on the socket that systemd passes")
+    parser.add_argument("--unprivileged", action="store_true", help="run as an ordinary user, workers under its uid")
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("blockyard"))
+    arguments = parser.parse_args()
+    prctl.set_name("blockyard-spawn")
+    prctl.set_dumpable(0)
+    os.umask(0o022)  # the API looks into cgroups, and reaches sockets through the runtime directory
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each worker holds a pidfd
+    try:
+        config = load(arguments.config, os.environ, KEYS, closed=False)
+        policy.check(config)
+        user = _api_user(config, unprivileged=arguments.unprivileged)
+        workers = Workers(config, user.pw_gid, unprivileged=arguments.unprivileged)
+        listener = _bind(arguments.socket, user.pw_gid) if arguments.socket else _activated()
+    except (ConfigError, OSError) as error:
+        print(f"blockyard-spawner: {error}", file=sys.stderr)  # noqa: T201 - where a start that fails says why
+        sys.exit(2)
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(_run(listener, {0, user.pw_uid}, workers))
+
+
+async def _run(listener: socket.socket, peers: set[int], workers: Workers) -> None:
+    systemd = sdnotify.SystemdNotifier()
+    if task := asyncio.current_task():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            workers.adopt(tasks)
+            filtered = "with a" if workers.config["process.seccomp_profile"] else "no"
+            workers.audit.write("start", f"Started, {filtered} seccomp filter: {workers.about()}.")
+            tasks.create_task(_report(systemd, workers))
+            systemd.notify("READY=1")
+            await serve(listener, peers, workers)
+    finally:
+        systemd.notify("STOPPING=1")
+
+
+async def _report(systemd: sdnotify.SystemdNotifier, workers: Workers) -> None:
+    """Tell systemd that the loop turns, twice in the time that the watchdog allows."""
+    while True:
+        running = sum(worker.result is None for worker in workers.by_id.values())
+        systemd.notify(f"WATCHDOG=1\nSTATUS={running} workers, {len(workers.free_uids)} uids free")
+        await asyncio.sleep(int(os.environ.get("WATCHDOG_USEC", "10000000")) / 2_000_000)
+
+
+def _api_user(config: Mapping[str, Any], *, unprivileged: bool) -> pwd.struct_passwd:
+    if unprivileged == (os.geteuid() == 0):
+        raise ConfigError("Run as root without --unprivileged, or as an ordinary user with --unprivileged.")
+    name = config["process.api_user"]
+    try:
+        user = pwd.getpwuid(os.getuid()) if unprivileged else pwd.getpwnam(name)
+    except KeyError as error:
+        raise ConfigError(f"'process.api_user' names no user: create {name}, or name the API's user.") from error
+    if user.pw_uid in policy.uids(config) and not unprivileged:
+        raise ConfigError(f"'process.api_user' {name} is one of the workers' uids; move process.worker_uid_range.")
+    return user
+
+
+def _bind(path: str, gid: int) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pathlib.Path(path).unlink(missing_ok=True)
+    os.umask(0o117)  # from its first moment nobody but the owner and its group can connect
+    listener.bind(path)
+    os.umask(0o022)
+    os.chown(path, -1, gid)
+    listener.listen()
+    listener.setblocking(False)
+    return listener
+
+
+def _activated() -> socket.socket:
+    if (os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")) != (str(os.getpid()), "1"):
+        raise ConfigError("Start blockyard-spawner.socket, or give --socket: there is no socket to listen on.")
+    listener = socket.socket(fileno=3)
+    if (listener.family, listener.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+        raise ConfigError("Use ListenSequentialPacket= in the socket unit: the socket that came is of another kind.")
+    listener.set_inheritable(False)
+    listener.setblocking(False)
+    return listener
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The life of every worker, from spawn to the return of its uid.
+
+No state is stored: runtime directories (their owner is the uid), cgroups and /proc are the state, so a restarted
+spawner finds its workers there, and what was interrupted is done again.
+"""
+
+import asyncio
+import contextlib
+import functools
+import os
+import pathlib
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from blockyard_spawner import launch, policy, sandbox, uids
+from blockyard_spawner.audit import Audit
+from blockyard_spawner.cgroup import Cgroups, readable
+from blockyard_spawner.protocol import Refused
+
+_EMPTY_SECONDS, _RETRY_SECONDS, _ENDED_KEPT = 10, 5, 1024
+# As the worker's uid, and bounded: root has no right to look into the directory, nor to kill what looks too long.
+_SWEEP = 'exec 2>/dev/null; chmod -R u+rwx "$0"; exec find "$0" -mindepth 1 -delete'
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker; `result` is None until it has ended."""
+
+    id: str
+    app: str
+    uid: int
+    cgroup: str = ""  # as in /proc/self/cgroup; "" where there is none
+    pid: int = 0
+    pidfd: int = -1
+    state: str = "starting"  # → "running" → "stopping" → "ended"
+    result: dict[str, object] | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def record(self, *names: str) -> dict[str, object]:
+        """Describe it on the wire."""
+        return {name: getattr(self, name) for name in ("id", "uid", "pid", "cgroup", *names)}
+
+
+class Workers:
+    """All workers. Each has a task for its life; the workers themselves go on when those tasks are cancelled."""
+
+    def __init__(self, config: Mapping[str, Any], api_gid: int, *, unprivileged: bool) -> None:
+        profile, pool = config["process.seccomp_profile"], policy.uids(config)
+        self.config, self._api_gid, self.unprivileged = config, api_gid, unprivileged
+        self._program = pathlib.Path(__file__).with_name("launch.R").read_bytes()
+        self._seccomp = [pathlib.Path(profile).read_bytes()] if profile else []
+        self.free_uids = deque([os.getuid()] * len(pool) if unprivileged else pool)
+        self.by_id: dict[str, Worker] = {}
+        self.cgroups = Cgroups(config["process.cgroup_root"], allow_unlimited=config["process.allow_unlimited"])
+        self.audit = Audit()
+        os.makedirs(config["process.runtime_dir"], mode=0o711, exist_ok=True)
+
+    def adopt(self, tasks: asyncio.TaskGroup) -> None:
+        """Take over what an earlier spawner left: the living are watched, the dead are cleared away.
+
+        From now on `tasks` holds the workers' lives.
+        """
+        self._tasks = tasks
+        self.cgroups.prepare()
+        for name in os.listdir(self._directory("")):
+            uid = os.lstat(self._directory(name)).st_uid
+            if uid not in self.free_uids:
+                with contextlib.suppress(OSError):  # made, but not yet given away: empty
+                    os.rmdir(self._directory(name))
+                continue
+            self.free_uids.remove(uid)
+            worker = self.by_id[name] = Worker(name, "", uid, state="running")
+            with contextlib.suppress(StopIteration, IndexError, OSError):  # it ended meanwhile, or never came to exec
+                worker.pid = next(pid for pid in self.cgroups.pids(name) if len(_pids_within(pid)) == 1)
+                worker.pidfd = os.pidfd_open(worker.pid)
+                worker.cgroup = _about(worker.pid, "cgroup").split("0::")[1].split("\n")[0]
+                # These are bwrap's own words: it is outside of its sandbox, so that no app can change them.
+                worker.app = _about(worker.pid, "cmdline").split("BLOCKYARD_APP\0")[1].split("\0")[0]
+            self._tasks.create_task(self._live(worker))
+
+    def about(self) -> dict[str, object]:
+        """Describe the host on the wire."""
+        uids = {"uids_free": len(self.free_uids), "uids_total": len(policy.uids(self.config))}
+        mode = {"unprivileged": self.unprivileged, "network": self.config["process.network"]}
+        return {"controllers": self.cgroups.controllers, **mode, **uids}
+
+    def find(self, name: str) -> Worker:
+        """Find one. Raises Refused ``unknown_worker``."""
+        if name not in self.by_id:
+            raise Refused("unknown_worker", f"Check the id: there is no worker {name}.")
+        return self.by_id[name]
+
+    def spawn(self, wanted: policy.Launch, log: int, peer: Mapping[str, object]) -> Worker:
+        """Start one; when this returns, bwrap runs. Raises Refused."""
+        name = wanted.request.id
+        if name in self.by_id:
+            raise Refused("worker_exists", f"Use a new id: worker {name} exists.")
+        worker = self.by_id[name] = Worker(name, wanted.request.app, uids.take(self.free_uids))
+        passed: list[int] = []
+        try:
+            passed.extend(launch.open_source(source) for source in wanted.sources)  # what is open is in the list
+            made = sandbox.files(self.config, worker.uid, self._program)
+            passed += [launch.open_contents(data) for data in (*made.values(), *self._seccomp)]
+            worker.cgroup = self.cgroups.create(name, wanted.limits)
+            os.mkdir(self._directory(name), 0o700)
+            os.chmod(self._directory(name), 0o2710)  # noqa: S103 - before it is given away: later needs a capability
+            os.chown(self._directory(name), worker.uid, self._api_gid)
+            argv = sandbox.bwrap_argv(self.config, wanted, made, lasting=bool(worker.cgroup))
+            cgroup = str(self.cgroups.directory(name)) if worker.cgroup else ""
+            worker.pid, worker.pidfd = launch.start(self._drop(worker), argv, wanted.env, log, passed, cgroup)
+            worker.state = "running"
+        finally:
+            for descriptor in passed:
+                os.close(descriptor)
+            self._tasks.create_task(self._live(worker))  # which also clears away what failed half-way
+        self._audit("spawn", worker, "ok", "was started", **peer)
+        return worker
+
+    async def stop(self, name: str, grace: float, peer: Mapping[str, object]) -> Worker:
+        """Interrupt the app, after `grace` seconds kill what is left; return when everything is gone."""
+        worker = self.find(name)
+        if worker.state == "running":
+            worker.state = "stopping"
+            self._audit("stop", worker, "ok", "is being stopped", **peer)
+            self._tasks.create_task(self._interrupt(worker, grace))
+        await worker.ended.wait()
+        return worker
+
+    async def _interrupt(self, worker: Worker, grace: float) -> None:
+        with contextlib.suppress(OSError):  # a TimeoutError is one, and so is that no cgroup is left
+            for pid in self.cgroups.pids(worker.id):
+                if _pids_within(pid)[-1:] == [2]:  # R; process 1 of the sandbox is bwrap's
+                    launch.signal_as(self._drop(worker), pid, 2)
+            await asyncio.wait_for(worker.ended.wait(), grace)
+        self._kill(worker)
+
+    async def _live(self, worker: Worker) -> None:
+        exited = await _exit_of(worker.pidfd)
+        worker.pidfd = -1
+        kills = await self._clear(worker)
+        self.free_uids.append(worker.uid)
+        worker.result, before = _result(exited, kills, stopped=worker.state == "stopping"), worker.state
+        worker.state = "ended"
+        worker.ended.set()
+        if before == "starting":  # it never ran, and its refusal is in the audit
+            del self.by_id[worker.id]
+            return
+        self._audit("exit", worker, worker.result["reason"], f"ended: {worker.result}")
+        for name in [other.id for other in self.by_id.values() if other.result][:-_ENDED_KEPT]:
+            del self.by_id[name]
+
+    async def _clear(self, worker: Worker) -> int:
+        """Remove everything of a worker, however long it takes; meanwhile its uid rests. Return the OOM kills."""
+        kills = 0
+        while True:
+            try:
+                with contextlib.suppress(FileNotFoundError):  # it has no cgroup, or no more
+                    kills = await asyncio.wait_for(self.cgroups.end(worker.id), _EMPTY_SECONDS)
+                await self._remove_directory(worker)
+            except (OSError, Refused) as error:  # a TimeoutError is an OSError
+                self._audit("exit", worker, "quarantined", f"cannot be cleared away yet, so its uid rests: {error!r}")
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                return kills
+
+    def _kill(self, worker: Worker) -> None:
+        try:
+            self.cgroups.kill(worker.id)
+        except FileNotFoundError:  # without a cgroup, bwrap's end takes its pid namespace along
+            if worker.pidfd >= 0:
+                launch.signal_as(self._drop(worker), worker.pid, 9)
+
+    async def _remove_directory(self, worker: Worker) -> None:
+        path = self._directory(worker.id)
+        if worker.id not in os.listdir(self._directory("")):
+            return
+        argv = ["/usr/bin/timeout", "-k1", "30", "/bin/sh", "-c", _SWEEP, path]
+        _, pidfd = launch.start(self._drop(worker), argv, {}, sys.stderr.fileno(), [], "")
+        await _exit_of(pidfd)
+        os.rmdir(path)
+
+    def _audit(self, kind: str, worker: Worker, result: object, event: str, **peer: object) -> None:
+        fields = {"worker": worker.id, "app": worker.app, "uid": worker.uid, "cgroup": worker.cgroup, **peer}
+        self.audit.write(kind, f"Worker {worker.id} of {worker.app} {event}.", result=result, **fields)
+
+    def _directory(self, name: str) -> str:
+        return f"{self.config['process.runtime_dir']}/{name}"
+
+    def _drop(self, worker: Worker) -> Callable[[], None]:
+        drop = launch.stay if self.unprivileged else launch.become
+        return functools.partial(drop, worker.uid, self.config["process.worker_gid"])
+
+
+async def _exit_of(pidfd: int) -> os.waitid_result | None:
+    """Wait for a process's end, close its pidfd, and return how it ended; None if that cannot be known."""
+    if pidfd < 0:
+        return None
+    try:
+        await readable(pidfd)
+        return os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 - it has ended
+    except ChildProcessError:  # adopted: not this process's child
+        return None
+    finally:
+        os.close(pidfd)
+
+
+def _result(exited: os.waitid_result | None, kills: int, *, stopped: bool) -> dict[str, object]:
+    status = exited.si_status if exited and exited.si_code == os.CLD_EXITED else None
+    number = exited.si_status if exited and exited.si_code != os.CLD_EXITED else None
+    if status is not None and 128 < status <= 128 + 64:  # bwrap reports the app's signal as a shell does
+        number = status - 128
+    reasons = {"stopped": stopped, "oom": kills, "signalled": number, "exited": status is not None, "unknown": True}
+    reason = next(name for name, holds in reasons.items() if holds)
+    return {"reason": reason, "status": status, "signal": number, "oom_kills": kills}
+
+
+def _about(pid: int, name: str) -> str:
+    return pathlib.Path(f"/proc/{pid}/{name}").read_text("utf-8", "replace")
+
+
+def _pids_within(pid: int) -> list[int]:
+    """List a process's pids, from ours to the innermost namespace's; none if it is gone."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return [int(number) for number in _about(pid, "status").split("NSpid:")[1].split("\n")[0].split()]
+    return []

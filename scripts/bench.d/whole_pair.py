@@ -1,0 +1,159 @@
+"""Bench parts that need the whole pair: cold start beside plain R, spawn, the API's memory, a WebSocket's way.
+
+The pair is the tests' own (`tests/host/api/running_pair.py`): spawner as root, API as an ordinary user, R in bwrap.
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "host" / "api"))
+
+import httpx
+from running_pair import HELLO, Pair, simple_app, wait_for
+
+Row = tuple[str, str, str]  # what, measured, reach
+
+_PLAIN = "shiny::runApp({app!r}, port = structure({path!r}, mask = strtoi('0117', 8)), launch.browser = FALSE)"
+_REQUEST = "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+
+
+def hello_files() -> dict[str, str]:
+    return {path.name: path.read_text() for path in HELLO.iterdir() if path.is_file()}
+
+
+def cold_start(rounds: int) -> list[Row]:
+    """Time to the first byte of examples/hello, through everything and by plain Rscript, taken in turn."""
+    with Pair("bench") as pair:
+        pair.deploy("hello", hello_files())
+        plain, ours = [], []
+        for _ in range(rounds):
+            plain.append(_plain_start())
+            ours.append(_our_start(pair))
+            pair.http.post("/api/v1/apps/hello/disable")
+            wait_for(lambda: not pair.workers("hello"), what="the worker's end")
+            pair.http.post("/api/v1/apps/hello/enable")
+    theirs, mine = statistics.median(plain), statistics.median(ours)
+    measured = f"{mine / theirs:.2f}  ({mine * 1000:.0f} ms, plain {theirs * 1000:.0f} ms)"
+    return [("cold start, first byte ÷ plain Rscript on a Unix socket", measured, "≤ 1.0")]
+
+
+def _plain_start() -> float:
+    directory = tempfile.mkdtemp()
+    path = f"{directory}/app.sock"
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        ["Rscript", "-e", _PLAIN.format(app=str(HELLO), path=path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with contextlib.closing(_connected(path)) as sock:
+        sock.sendall(_REQUEST.format(path="/", host="localhost").encode())
+        sock.recv(1)
+        took = time.perf_counter() - began
+    process.kill()
+    process.wait()
+    shutil.rmtree(directory)
+    return took
+
+
+def _connected(path: str) -> socket.socket:
+    while True:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(path)
+        except OSError:
+            sock.close()
+            time.sleep(0.005)
+        else:
+            return sock
+
+
+def _our_start(pair: Any) -> float:
+    host = pair.relay_origin.removeprefix("http://")
+    address, _, port = host.partition(":")
+    began = time.perf_counter()
+    with socket.create_connection((address, int(port))) as sock:
+        sock.sendall(_REQUEST.format(path="/app/hello/", host=host).encode())
+        answer = sock.recv(100)
+        took = time.perf_counter() - began
+    if b" 200 " not in answer:
+        raise RuntimeError(f"the app was not served: {answer!r}")
+    return took
+
+
+def spawn(rounds: int) -> list[Row]:
+    """Time from the spawn request to the reply that bwrap has exec'd, on one connection, as the API does it."""
+    from blockyard_spawner import protocol
+
+    times = []
+    with Pair("bench") as pair, _spawner(pair) as sock:
+        pair.deploy("plain", simple_app())
+        bundle = pair.http.get("/api/v1/apps/plain").json()["active_bundle"]
+        for number in range(max(20, rounds * 5)):
+            worker = f"bench{number:08d}"
+            request = protocol.Spawn(number + 1, worker, "app", "plain", bundle=bundle)
+            read_end, write_end = os.pipe()
+            began = time.perf_counter()
+            socket.send_fds(sock, [protocol.encode(request)], [write_end])
+            packet, descriptors, _, _ = socket.recv_fds(sock, protocol.MAX_PACKET, 1)
+            times.append(time.perf_counter() - began)
+            if "error" in (reply := protocol.unpack(packet)):
+                raise RuntimeError(f"the spawner refused: {reply}")
+            sock.send(protocol.encode(protocol.Stop(0, worker, 0)))
+            sock.recv(protocol.MAX_PACKET)
+            for descriptor in (read_end, write_end, *descriptors):
+                os.close(descriptor)
+    return [
+        ("spawn: request sent → bwrap has exec'd, p50", f"{statistics.median(times) * 1000:.1f} ms", "≤ 6 ms"),
+        ("the same, p99", f"{statistics.quantiles(times, n=100)[98] * 1000:.1f} ms", ""),
+    ]
+
+
+@contextlib.contextmanager
+def _spawner(pair: Any) -> Iterator[socket.socket]:
+    from blockyard_spawner import protocol
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.connect(str(pair.spawner_socket))
+        sock.send(protocol.encode(protocol.Hello(0, protocol.VERSION)))
+        sock.recv(protocol.MAX_PACKET)
+        yield sock
+
+
+_SOCKETS = 400
+
+
+def memory(_rounds: int) -> list[Row]:
+    """Resident memory of the API at rest, and what each idle WebSocket adds."""
+    with Pair("bench") as pair, contextlib.ExitStack() as opened:
+        pair.deploy("plain", simple_app())
+        visitor = pair.visitor()
+        visitor.get("/app/plain/")
+        wait_for(lambda: pair.workers("plain", "active"), what="the worker")
+        httpx.get(f"{pair.control_url}/openapi.json")
+        before = _resident(pair.api.pid)
+        for _ in range(_SOCKETS):
+            opened.enter_context(visitor.websocket("plain"))
+        after = _resident(pair.api.pid)
+    return [
+        ("memory of the API at rest", f"{before / 2**20:.0f} MB", "≤ 90 MB"),
+        ("memory of the API per idle WebSocket", f"{(after - before) / _SOCKETS / 1024:.0f} KB", "≤ 25 KB"),
+    ]
+
+
+def _resident(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+PARTS = {"cold": cold_start, "spawn": spawn, "memory": memory}

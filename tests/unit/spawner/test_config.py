@@ -1,0 +1,109 @@
+"""Root's configuration file: every mistake is one sentence that names file, key and remedy."""
+
+import pytest
+
+from blockyard_spawner import config
+from blockyard_spawner.config import KEYS, ConfigError, DataMount, Key
+
+PARSERS = [
+    (config.size, "512m", 512 << 20),
+    (config.size, "2G", 2 << 30),
+    (config.size, "1k", 1024),
+    (config.cpu, 1.5, 1500),
+    (config.cpu, 2, 2000),
+    (config.cpu, "0.5", 500),
+    (config.boolean, True, True),
+    (config.boolean, "false", False),
+    (config.boolean, "TRUE", True),
+    (config.integer(1, 9), 5, 5),
+    (config.integer(1, 9), "9", 9),
+    (config.path, "/a/b/", "/a/b"),
+    (config.path, "/", "/"),
+    (config.path, "/a..b", "/a..b"),
+    (config.choice("host", "none"), "none", "none"),
+    (config.unless_none(config.size), "none", None),
+    (config.unless_none(config.size), "1m", 1 << 20),
+    (config.string_map, {"TZ": "UTC"}, {"TZ": "UTC"}),
+    (config.data_mounts, [{"name": "a", "path": "/x"}], {"a": DataMount("a", "/x", writable=False)}),
+    (config.data_mounts, [{"name": "a", "path": "/x", "mode": "rw"}], {"a": DataMount("a", "/x", writable=True)}),
+]
+WRONG = [
+    *[(config.size, value) for value in (512, "512", "-1m", "0m", "1.5m", "m", "1mm", "1m\n", True, None, "")],
+    *[(config.cpu, value) for value in (0, "0", "0.0", -1, "1e3", float("inf"), True, "", "1.0000")],
+    *[(config.boolean, value) for value in (1, 0, "yes", "", None)],
+    *[(config.integer(1, 9), value) for value in (0, 10, "10", 1.0, True, "1 ", "", "-1", None)],
+    *[(config.path, value) for value in ("relative", "", "/a/../b", "/..", "/a/..", "/a\n/../b", "/a\0b", 1, None)],
+    *[(config.choice("host", "none"), value) for value in ("bridge", "", "hos", "host\n", 1)],
+    *[(config.string_map, value) for value in ("x", {"a-b": "x"}, {"A": 1}, {"A": "\0"}, [])],
+    *[(config.data_mounts, value) for value in ("x", {}, [1], [{}], [{"name": "a"}], [{"name": "a", "path": "x"}])],
+    (config.data_mounts, [{"name": "a/b", "path": "/x"}]),
+    (config.data_mounts, [{"name": "a", "path": "/x", "mode": "rx"}]),
+    (config.data_mounts, [{"name": "a", "path": "/x", "other": 1}]),
+]
+
+
+@pytest.mark.parametrize(("parse", "value", "expected"), PARSERS)
+def test_a_right_value_is_read(parse, value, expected):
+    parsed = parse(value)
+    assert (parsed, type(parsed)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(("parse", "value"), WRONG)
+def test_a_wrong_value_is_refused_with_what_to_write(parse, value):
+    with pytest.raises(ValueError, match="."):
+        parse(value)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        (tmp_path / "blockyard.toml").write_text(text)
+        return str(tmp_path / "blockyard.toml")
+
+    return write
+
+
+def test_a_missing_file_means_defaults(tmp_path):
+    loaded = config.load(str(tmp_path / "missing"), {}, KEYS, closed=True)
+    assert loaded == {name: key.default for name, key in KEYS.items()}
+
+
+def test_the_environment_overrides_the_file(file):
+    path = file('[process]\nr_path = "/opt/R/bin/R"\nnetwork = "none"\n')
+    loaded = config.load(path, {"BLOCKYARD_PROCESS_NETWORK": "host"}, KEYS, closed=True)
+    assert (loaded["process.r_path"], loaded["process.network"]) == ("/opt/R/bin/R", "host")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[process]\nnetwrk = 'none'", ["process.netwrk", "did you mean 'process.network'?"]),
+        ("[nonsense]\nzzz = 1", ["nonsense.zzz", "remove it"]),
+        ("[process]\nnetwork = 'bridge'", ["process.network", '"host" or "none"', "bridge"]),
+        ("[server]\ndefault_memory_limit = 512", ["server.default_memory_limit", '"512m"']),
+        ("network = 'none'", ["network", "section"]),
+        ("[process", ["correct the file"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_file_key_and_remedy(file, text, words):
+    path = file(text)
+    with pytest.raises(ConfigError) as error:
+        config.load(path, {}, KEYS, closed=True)
+    assert str(error.value).startswith(path)
+    assert str(error.value).count("\n") == 0
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_a_mistake_in_the_environment_names_the_variable():
+    with pytest.raises(ConfigError, match="BLOCKYARD_PROCESS_NETWORK: 'process.network' must be"):
+        config.load("/nonexistent", {"BLOCKYARD_PROCESS_NETWORK": "x"}, KEYS, closed=False)
+
+
+def test_the_spawner_ignores_keys_that_are_the_apis(file):
+    path = file("[proxy]\nmax_workers = 5\n[process]\nnetwork = 'none'")
+    assert config.load(path, {}, KEYS, closed=False)["process.network"] == "none"
+
+
+def test_a_key_may_be_added_by_the_api(file):
+    keys = {**KEYS, "proxy.max_workers": Key(config.integer(1, 10), 3)}
+    assert config.load(file("[proxy]\nmax_workers = 5"), {}, keys, closed=True)["proxy.max_workers"] == 5

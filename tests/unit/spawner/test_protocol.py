@@ -1,0 +1,136 @@
+"""The wire format: whatever bytes come, a request with exact types comes out, or a refusal with a code."""
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockyard_spawner import protocol
+from blockyard_spawner.protocol import Hello, Limits, List, Refused, Spawn, Stop
+
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True)
+WORKERS = st.from_regex(r"[a-z0-9]{8,32}", fullmatch=True)
+SEQS = st.integers(0, 2**53 - 1)
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=50)
+LIMITS = st.builds(Limits, *[st.none() | st.integers(1, 2**20 - 1)] * 4)
+REQUESTS = st.one_of(
+    st.builds(Hello, SEQS, st.integers(0, 100)),
+    st.builds(Stop, SEQS, WORKERS, st.integers(0, protocol.MAX_GRACE_MS)),
+    st.builds(List, SEQS, st.none() | WORKERS, st.none() | WORKERS),
+    st.builds(
+        Spawn,
+        seq=SEQS,
+        id=WORKERS,
+        kind=NAMES,
+        app=NAMES,
+        bundle=st.none() | NAMES,
+        library=st.none() | NAMES,
+        data=st.lists(NAMES, max_size=32).map(tuple),
+        env=st.dictionaries(st.from_regex(r"[A-Z][A-Z0-9_]{0,63}", fullmatch=True), TEXTS, max_size=5),
+        network=st.sampled_from([None, "host", "none"]),
+        limits=LIMITS,
+        scratch_copy=st.booleans(),
+    ),
+)
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+    lambda children: st.lists(children) | st.dictionaries(st.text() | st.integers(-5, 5), children),
+    max_leaves=10,
+)
+MINIMAL = {"op": "spawn", "seq": 1, "id": "worker0001", "kind": "app", "app": "a"}
+
+
+@given(REQUESTS)
+def test_what_is_encoded_is_decoded_the_same(request):
+    assert protocol.decode(protocol.encode(request)) == request
+
+
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_are_refused_and_nothing_else(packet):
+    try:
+        protocol.decode(packet)
+    except Refused as refused:
+        assert refused.code in ("malformed", "unknown_operation", "invalid_field")
+
+
+@given(st.dictionaries(st.sampled_from(["op", "seq", "id", "kind", "app", "env", "limits", "data", "grace"]), JUNK))
+def test_arbitrary_values_in_known_fields_are_refused_and_nothing_else(message):
+    for operation in ("hello", "spawn", "stop", "list"):
+        try:
+            request = protocol.decode(msgpack.packb(message | {"op": operation}))
+        except Refused as refused:
+            assert refused.code in ("malformed", "invalid_field")
+        else:
+            assert type(request.seq) is int
+
+
+@given(REQUESTS, st.integers(0, 2000))
+def test_a_packet_that_was_cut_is_refused(request, length):
+    packet = protocol.encode(request)
+    with pytest.raises(Refused):
+        protocol.decode(packet[: min(length, len(packet) - 1)])
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"op": "reboot"}, "unknown_operation"),
+        ({"op": ["spawn"]}, "unknown_operation"),
+        ({"op": None}, "unknown_operation"),
+        ({"uid": 0}, "invalid_field"),
+        ({"id": "Worker0001"}, "invalid_field"),
+        ({"id": "worker0001\n"}, "invalid_field"),
+        ({"id": "short"}, "invalid_field"),
+        ({"app": ""}, "invalid_field"),
+        ({"app": "-x"}, "invalid_field"),
+        ({"app": "a" * 65}, "invalid_field"),
+        ({"bundle": "../x"}, "invalid_field"),
+        ({"scratch_copy": 1}, "invalid_field"),
+        ({"limits": {"pids": True}}, "invalid_field"),
+        ({"limits": {"pids": 0}}, "invalid_field"),
+        ({"limits": {"pids": 1.0}}, "invalid_field"),
+        ({"limits": {"disk": 1}}, "invalid_field"),
+        ({"limits": []}, "invalid_field"),
+        ({"data": ["x"] * 33}, "invalid_field"),
+        ({"data": "x"}, "invalid_field"),
+        ({"env": {"APP_X": 1}}, "invalid_field"),
+        ({"env": {"APP_X": "a\0b"}}, "invalid_field"),
+        ({"env": {"APP_X": "x" * 4097}}, "invalid_field"),
+        ({"env": {f"APP_{number}": "" for number in range(65)}}, "invalid_field"),
+        ({"env": {"app": ""}}, "invalid_field"),
+        ({"network": "bridge"}, "invalid_field"),
+        ({"seq": True}, "invalid_field"),
+        ({"seq": -1}, "invalid_field"),
+        ({"seq": 2**53}, "invalid_field"),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_refused(change, code):
+    with pytest.raises(Refused) as refusal:
+        protocol.decode(msgpack.packb(MINIMAL | change))
+    assert refusal.value.code == code
+
+
+@pytest.mark.parametrize("missing", ["id", "kind", "app"])
+def test_a_field_that_is_needed_and_missing_is_refused(missing):
+    with pytest.raises(Refused, match=missing):
+        protocol.decode(msgpack.packb({name: value for name, value in MINIMAL.items() if name != missing}))
+
+
+def test_a_refusal_names_the_request_it_answers():
+    with pytest.raises(Refused) as refusal:
+        protocol.decode(msgpack.packb({**MINIMAL, "seq": 7, "uid": 0}))
+    assert refusal.value.seq == 7
+
+
+def test_a_page_of_workers_fits_into_a_packet():
+    record = {
+        "id": "w" * 32,
+        "app": "a" * 64,
+        "uid": 2**31,
+        "pid": 2**22,
+        "cgroup": "/" + "c" * 120,
+        "state": "stopping",
+    }
+    record["result"] = {"reason": "signalled", "status": 255, "signal": 64, "oom_kills": 2**31}
+    packet = protocol.reply(seq=2**53, ok={"workers": [record] * protocol.PAGE, "more": True, "unprivileged": True})
+    assert len(packet) <= protocol.MAX_PACKET

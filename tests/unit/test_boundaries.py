@@ -1,0 +1,60 @@
+"""What may import what, and how large the root helper may get."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SPAWNER = sorted((ROOT / "blockyard_spawner").rglob("*.py"))
+API = sorted((ROOT / "blockyard_api").rglob("*.py"))
+BUDGET = 600
+
+# All that root runs beside the standard library.
+ALLOWED = {"blockyard_spawner", "cysystemd", "msgpack", "prctl", "sdnotify"}
+STANDARD = """argparse asyncio collections contextlib ctypes dataclasses difflib fcntl functools importlib itertools json os pathlib
+    pwd re resource select signal socket stat struct subprocess sys time tomllib typing""".split()
+
+
+def imported(path):
+    """Name the modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides its direction"
+            yield node.module
+
+
+def code_lines(path):
+    """Count lines that are neither blank nor comments nor docstrings."""
+    text = path.read_text()
+    documented = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and at not in documented for at, line in lines)
+
+
+@pytest.mark.parametrize("path", SPAWNER, ids=lambda path: path.name)
+def test_the_root_helper_loads_nothing_but_what_is_listed(path):
+    assert {name.split(".")[0] for name in imported(path)} <= ALLOWED | set(STANDARD)
+
+
+def test_the_api_takes_the_contract_from_the_root_helper_and_nothing_else():
+    taken = {name for path in API for name in imported(path) if name.split(".")[0] == "blockyard_spawner"}
+    names = {"blockyard_spawner", "blockyard_spawner.config", "blockyard_spawner.protocol"}
+    assert taken <= names
+
+
+def test_nothing_is_imported_by_a_name_that_is_made_up_at_run_time():
+    for path in SPAWNER + API:
+        assert "importlib.import_module" not in path.read_text()
+        assert "__import__" not in path.read_text()
+
+
+def test_the_root_helper_can_be_read_in_one_sitting():
+    assert sum(map(code_lines, SPAWNER)) < BUDGET
