@@ -27,7 +27,8 @@ async def unpack(archive: Path, destination: Path) -> BundleInfo:
     try:
         await asyncio.to_thread(_make_empty, staging)
         verdict = await _run(archive, staging)
-        await asyncio.to_thread(_publish, staging / verdict["top"], destination)
+        _publish(staging / verdict["top"], destination)
+        await asyncio.to_thread(_make_durable, destination.parent)
     except OSError as error:
         raise storage_failure(error) from error
     finally:
@@ -45,12 +46,15 @@ def _make_empty(directory: Path) -> None:
 
 def _publish(tree: Path, destination: Path) -> None:
     tree.chmod(0o755)  # whatever the umask was: workers read it as their own uid
-    tree.rename(destination)
-    parent = os.open(destination.parent, os.O_RDONLY | os.O_DIRECTORY)
+    tree.rename(destination)  # not in a thread: cancelled, that would go on beside the removal of what it moves
+
+
+def _make_durable(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(parent)
+        os.fsync(descriptor)
     finally:
-        os.close(parent)
+        os.close(descriptor)
 
 
 async def _run(archive: Path, staging: Path) -> dict[str, Any]:
@@ -61,7 +65,7 @@ async def _run(archive: Path, staging: Path) -> dict[str, Any]:
         )
         try:
             async with asyncio.timeout(TIME_LIMIT):
-                await process.wait()
+                status = await process.wait()
         except TimeoutError as error:
             raise BundleRefused(*TOO_COMPLEX) from error
         finally:
@@ -70,8 +74,12 @@ async def _run(archive: Path, staging: Path) -> dict[str, Any]:
                 await process.wait()
         output.seek(0)
         text = output.read(MAX_VERDICT)
-    if process.returncode != 0:  # killed by one of its limits, or by the kernel for want of memory
+    if status < 0:  # killed by one of its limits, or by the kernel for want of memory
         raise BundleRefused(*TOO_COMPLEX)
+    if status:  # its traceback went where ours would go
+        raise BundleRefused(
+            "unpack_failed", "The server failed to read the bundle; ask its operator to look at its log."
+        )
     verdict: dict[str, Any] = json.loads(text)
     if refused := verdict.get("refused"):
         raise BundleRefused(refused["code"], refused["message"])
