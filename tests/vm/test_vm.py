@@ -39,7 +39,7 @@ class Machine:
         image = subprocess.run(
             [CHECKOUT / "scripts" / "vm-image", debian], stdout=subprocess.PIPE, text=True, check=True,
             timeout=BUILD_WITHIN,
-        ).stdout.strip()  # fmt: skip
+        ).stdout.splitlines()[-1]  # fmt: skip
         checkout = directory / "checkout.tar"
         with tarfile.open(checkout, "w") as tar:
             tar.add(CHECKOUT, ".", filter=lambda member: None if LEFT_OUT & {*member.name.split("/")} else member)

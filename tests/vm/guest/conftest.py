@@ -21,4 +21,8 @@ def show():
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
         outcome = "passed" if report.outcome == "passed" else "failed"  # a skipped test is one that nobody sees
-        send(test=report.nodeid.rpartition("/")[2], outcome=outcome, detail=f"{report.when}: {report.longreprtext}"[:8000])
+        send(
+            test=report.nodeid.rpartition("/")[2],
+            outcome=outcome,
+            detail=f"{report.when}: {report.longreprtext}"[:8000],
+        )
