@@ -54,7 +54,8 @@ def main() -> None:
 async def _run(listener: socket.socket, peers: set[int], workers: Workers) -> None:
     systemd = sdnotify.SystemdNotifier()
     if task := asyncio.current_task():
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         async with asyncio.TaskGroup() as tasks:
             workers.adopt(tasks)

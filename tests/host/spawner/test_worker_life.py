@@ -68,8 +68,8 @@ def test_after_a_stop_nothing_is_left(spawner, client):
 
 
 def test_no_process_survives_however_it_forked(spawner, client):
-    code = "system(\"for i in 1 2 3; do setsid sh -c '(sleep 600 &) ; sleep 600' & done\"); message('forked'); Sys.sleep(600)"
-    worker = spawner.run_r(client, "worker0001", code)
+    daemons = "system(\"for i in 1 2 3; do setsid sh -c '(sleep 600 &) ; sleep 600' & done\")"
+    worker = spawner.run_r(client, "worker0001", f"{daemons}; message('forked'); {WAITING}")
     worker.wait_for_output("forked")
     eventually(lambda: len(processes_of(spawner.uids)) >= 9, "the daemons run")
     client.call("stop", id="worker0001", grace=0)
@@ -194,9 +194,10 @@ def test_workers_survive_a_killed_spawner_and_are_found_again(spawner, client):
     assert spawner.leftovers() == {}
 
 
-def test_a_spawner_that_is_told_to_end_leaves_workers_running(spawner, client):
+@pytest.mark.parametrize("ends_by", [signal.SIGTERM, signal.SIGINT])
+def test_a_spawner_that_is_told_to_end_leaves_workers_running(spawner, client, ends_by):
     worker = spawner.run_r(client, "worker0001", WAITING)
-    assert spawner.end(signal.SIGTERM) == 0
+    assert spawner.end(ends_by) == 0
     assert worker.pid in processes_of(spawner.uids)
 
 
