@@ -1,4 +1,4 @@
-"""Bench parts that need the whole pair: cold start beside plain R, spawn, the API's memory, a WebSocket's way.
+"""Part: the whole pair: cold start beside plain R, spawn, the API's memory.
 
 The pair is the tests' own (`tests/host/api/running_pair.py`): spawner as root, API as an ordinary user, R in bwrap.
 """
@@ -14,20 +14,28 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "host" / "api"))
 
 import httpx
+from _measure import Options, Row, resident_bytes
 from running_pair import HELLO, Pair, simple_app, wait_for
 
-Row = tuple[str, str, str]  # what, measured, reach
+from blockyard_spawner import protocol
+
+TITLE = "The whole pair, examples/hello"
 
 _PLAIN = "shiny::runApp({app!r}, port = structure({path!r}, mask = strtoi('0117', 8)), launch.browser = FALSE)"
 _REQUEST = "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
 
 
+def run(options: Options) -> list[Row]:
+    """Measure all of it."""
+    return [*cold_start(options.rounds), *spawn(options.rounds), *memory()]
+
+
 def hello_files() -> dict[str, str]:
+    """Read the example app."""
     return {path.name: path.read_text() for path in HELLO.iterdir() if path.is_file()}
 
 
@@ -44,7 +52,7 @@ def cold_start(rounds: int) -> list[Row]:
             pair.http.post("/api/v1/apps/hello/enable")
     theirs, mine = statistics.median(plain), statistics.median(ours)
     measured = f"{mine / theirs:.2f}  ({mine * 1000:.0f} ms, plain {theirs * 1000:.0f} ms)"
-    return [("cold start, first byte ÷ plain Rscript on a Unix socket", measured, "≤ 1.0")]
+    return [Row("cold start, first byte ÷ plain Rscript on a Unix socket", measured, "≤ 1.0")]
 
 
 def _plain_start() -> float:
@@ -78,7 +86,7 @@ def _connected(path: str) -> socket.socket:
             return sock
 
 
-def _our_start(pair: Any) -> float:
+def _our_start(pair: Pair) -> float:
     host = pair.relay_origin.removeprefix("http://")
     address, _, port = host.partition(":")
     began = time.perf_counter()
@@ -93,8 +101,6 @@ def _our_start(pair: Any) -> float:
 
 def spawn(rounds: int) -> list[Row]:
     """Time from the spawn request to the reply that bwrap has exec'd, on one connection, as the API does it."""
-    from blockyard_spawner import protocol
-
     times = []
     with Pair("bench") as pair, _spawner(pair) as sock:
         pair.deploy("plain", simple_app())
@@ -114,15 +120,13 @@ def spawn(rounds: int) -> list[Row]:
             for descriptor in (read_end, write_end, *descriptors):
                 os.close(descriptor)
     return [
-        ("spawn: request sent → bwrap has exec'd, p50", f"{statistics.median(times) * 1000:.1f} ms", "≤ 6 ms"),
-        ("the same, p99", f"{statistics.quantiles(times, n=100)[98] * 1000:.1f} ms", ""),
+        Row("spawn: request sent → bwrap has exec'd, p50", f"{statistics.median(times) * 1000:.1f} ms", "≤ 6 ms"),
+        Row("the same, p99", f"{statistics.quantiles(times, n=100)[98] * 1000:.1f} ms", ""),
     ]
 
 
 @contextlib.contextmanager
-def _spawner(pair: Any) -> Iterator[socket.socket]:
-    from blockyard_spawner import protocol
-
+def _spawner(pair: Pair) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.connect(str(pair.spawner_socket))
         sock.send(protocol.encode(protocol.Hello(0, protocol.VERSION)))
@@ -133,7 +137,7 @@ def _spawner(pair: Any) -> Iterator[socket.socket]:
 _SOCKETS = 400
 
 
-def memory(_rounds: int) -> list[Row]:
+def memory() -> list[Row]:
     """Resident memory of the API at rest, and what each idle WebSocket adds."""
     with Pair("bench") as pair, contextlib.ExitStack() as opened:
         pair.deploy("plain", simple_app())
@@ -141,19 +145,11 @@ def memory(_rounds: int) -> list[Row]:
         visitor.get("/app/plain/")
         wait_for(lambda: pair.workers("plain", "active"), what="the worker")
         httpx.get(f"{pair.control_url}/openapi.json")
-        before = _resident(pair.api.pid)
+        before = resident_bytes(pair.api.pid)
         for _ in range(_SOCKETS):
             opened.enter_context(visitor.websocket("plain"))
-        after = _resident(pair.api.pid)
+        after = resident_bytes(pair.api.pid)
     return [
-        ("memory of the API at rest", f"{before / 2**20:.0f} MB", "≤ 90 MB"),
-        ("memory of the API per idle WebSocket", f"{(after - before) / _SOCKETS / 1024:.0f} KB", "≤ 25 KB"),
+        Row("memory of the API at rest", f"{before / 2**20:.0f} MB", "≤ 90 MB"),
+        Row("memory of the API per idle WebSocket", f"{(after - before) / _SOCKETS / 1024:.0f} KB", "≤ 25 KB"),
     ]
-
-
-def _resident(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-PARTS = {"cold": cold_start, "spawn": spawn, "memory": memory}
