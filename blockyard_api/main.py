@@ -84,7 +84,7 @@ async def _serve(configured: Settings) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a WebSocket takes two; the usual soft limit is 1024
     sockets, log_pipes = take_passed(os.environ)
-    manager = ServiceManager(os.environ.pop("NOTIFY_SOCKET", ""))
+    manager = ServiceManager(os.environ)
     if sockets:
         log.info("server.bind and proxy.bind are ignored: the sockets were passed by the service manager")
     else:

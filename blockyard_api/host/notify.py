@@ -38,9 +38,11 @@ LOG_PREFIX = "log-"
 class ServiceManager:
     """systemd, if this process was started by it; otherwise every call does nothing."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._notifier = sdnotify.SystemdNotifier() if address else None
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        """Take ``NOTIFY_SOCKET`` out of the environment, once sdnotify has read it: no child is to speak for us."""
+        self._address = environ.get("NOTIFY_SOCKET", "")
+        self._notifier = sdnotify.SystemdNotifier() if self._address else None
+        environ.pop("NOTIFY_SOCKET", None)
 
     def say(self, state: str) -> None:
         """Send one state, such as ``READY=1``."""
