@@ -10,7 +10,7 @@ from typing import Final, Protocol, cast
 
 from blockyard_api.relay import head as heads
 from blockyard_api.relay.body import LAST_CHUNK, BadBody, ChunkedDecoder, chunk
-from blockyard_api.relay.gate import Forward, Gate, Reply, RequestHead, Upstream, UpstreamError, Verdict
+from blockyard_api.relay.gate import Forward, Gate, Reply, RequestHead, Tracker, Upstream, UpstreamError, Verdict
 from blockyard_api.relay.head import BadHead, Request, Response
 from blockyard_api.relay.upstream import HungUp, Pool, TooSlow, WorkerConnection
 from blockyard_api.relay.websocket import Tunnel
@@ -92,6 +92,7 @@ class ClientConnection(asyncio.Protocol):
         "_stalled",
         "_state",
         "_task",
+        "_tracker",
         "_transport",
         "_tunnel",
         "_uploaded",
@@ -103,6 +104,7 @@ class ClientConnection(asyncio.Protocol):
     _transport: asyncio.Transport
     _request: Request  # meaningful while DECIDING or RELAYING, as is what is set beside it
     _head: RequestHead
+    _forward: Forward
     _pool: Pool
 
     def __init__(self, relay: Surroundings) -> None:
@@ -110,7 +112,7 @@ class ClientConnection(asyncio.Protocol):
         self._peer = ""
         self._state = _BETWEEN
         self._held = b""
-        self._forward: Forward | None = None
+        self._tracker: Tracker | None = None  # of an admitted request that has not ended
         self._forwarded = b""
         self._worker: WorkerConnection | None = None
         self._tunnel: Tunnel | None = None
@@ -266,6 +268,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _pass_on(self, forward: Forward) -> None:
         self._forward = forward
+        self._tracker = forward.tracker
         self._pool = self._relay.pool(forward.upstream)
         # what may not be sent twice does not go to a connection that the worker may just be closing
         self._repeatable = self._uploaded and self._request.method in _REPEATABLE
@@ -294,11 +297,10 @@ class ClientConnection(asyncio.Protocol):
             self._relay_through(connection)
 
     def _relay_through(self, connection: WorkerConnection) -> None:
-        forward = cast("Forward", self._forward)
         self._worker = connection
         self._state = _RELAYING
         self._quiet = 0
-        connection.begin(self, heads.request_head(self._request, forward, self._forwarded))
+        connection.begin(self, heads.request_head(self._request, self._forward, self._forwarded))
         if self._paused:
             connection.transport.pause_reading()
         if not self._uploaded:
@@ -365,7 +367,7 @@ class ClientConnection(asyncio.Protocol):
             framing += b"Connection: close\r\n"
         elif not request.minor:
             framing += b"Connection: keep-alive\r\n"
-        written = heads.response_head(response, cast("Forward", self._forward).response_headers, framing)
+        written = heads.response_head(response, self._forward.response_headers, framing)
         self._transport.write(written + body if body else written)
         if ended:
             self.ended()
@@ -409,7 +411,7 @@ class ClientConnection(asyncio.Protocol):
     def upgraded(self, response: Response, rest: bytes) -> None:
         """Answer the handshake and become a tunnel."""
         worker, self._worker = cast("WorkerConnection", self._worker), None
-        forward = cast("Forward", self._forward)
+        forward = self._forward
         self._transport.write(
             heads.response_head(response, forward.response_headers, b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
         )
@@ -430,7 +432,7 @@ class ClientConnection(asyncio.Protocol):
         self._finish()
 
     def _fail(self, error: UpstreamError) -> None:
-        self._answer(self._relay.gate.failed(self._head, cast("Forward", self._forward), error))
+        self._answer(self._relay.gate.failed(self._head, self._forward, error))
 
     def _refuse(self, refusal: Reply) -> None:
         self._uploaded = False
@@ -471,9 +473,9 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
 
     def _end_exchange(self) -> None:
-        forward, self._forward = self._forward, None
-        if forward is not None:
-            forward.tracker.request_ended()
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            tracker.request_ended()
 
     def _tunnel_ended(self) -> None:
         self._state = _CLOSED

@@ -229,18 +229,22 @@ def _interpret_request(request: Request) -> None:
     if b"content-length" in special or b"transfer-encoding" in special:
         length, request.chunked = _framing(special, request.minor)
         request.length = length or 0
-    if not request.minor:
-        request.keep_alive = False
-    if b"connection" in special and (special[b"connection"] != _PERSISTENT or not request.minor):
-        tokens = _tokens(special[b"connection"])
-        request.keep_alive = b"close" not in tokens and (request.keep_alive or b"keep-alive" in tokens)
-        request.kept = _without(request.kept, tokens)
-        if b"upgrade" in tokens and b"websocket" in _tokens(special.get(b"upgrade", [])):
-            request.websocket = _is_websocket(request)
     if b"expect" in special:
         if (_only(special, b"expect") or b"").lower() != b"100-continue":
             raise BadHead("Only 100-continue can be expected.", 417)
         request.expects_continue = request.minor == 1
+    _heed_connection(request)
+
+
+def _heed_connection(request: Request) -> None:
+    options = request.special.get(b"connection")
+    if request.minor and (options is None or options == _PERSISTENT):
+        return
+    tokens = _tokens(options or [])
+    request.keep_alive = b"close" not in tokens and (request.minor == 1 or b"keep-alive" in tokens)
+    request.kept = _without(request.kept, tokens)
+    if b"upgrade" in tokens and b"websocket" in _tokens(request.special.get(b"upgrade", [])):
+        request.websocket = _is_websocket(request)
 
 
 def _only(special: Mapping[bytes, list[bytes]], name: bytes) -> bytes | None:
@@ -328,22 +332,26 @@ def parse_response(raw: bytes) -> Response:
         raise BadHead("The status line is malformed.")
     response.status = int(raw[9:12])
     response.line = raw[8 : line.end()]
+    _interpret_response(response, minor=raw[7] - 0x30)
+    return response
+
+
+def _interpret_response(response: Response, minor: int) -> None:
     special = response.special
+    if not minor:
+        response.keep_alive = False
     if b"set-cookie" in special:
         for value in special[b"set-cookie"]:
             if not _is_ours(value):
                 response.kept += (b"Set-Cookie", b": ", value, b"\r\n")
-    if raw[7] == 0x30:  # HTTP/1.0
-        response.keep_alive = False
     if b"content-length" in special or b"transfer-encoding" in special:
-        response.length, response.chunked = _framing(special, response.keep_alive)
+        response.length, response.chunked = _framing(special, minor)
     if b"connection" in special and special[b"connection"] != _PERSISTENT:
         tokens = _tokens(special[b"connection"])
         response.keep_alive = response.keep_alive and b"close" not in tokens
         response.kept = _without(response.kept, tokens)
     if b"upgrade" in special:
         response.upgrade = b",".join(special[b"upgrade"]).strip(b" \t").lower()
-    return response
 
 
 def request_head(request: Request, forward: Forward, forwarded: bytes) -> bytes:

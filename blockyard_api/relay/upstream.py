@@ -104,7 +104,7 @@ class WorkerConnection(asyncio.Protocol):
         """End the exchange after its response; `reusable` if the request was sent whole."""
         self._exchange = None
         self.used = True
-        if reusable and self._keep and not self.transport.is_closing():
+        if reusable and self._keep:
             self._pool.put(self)
         else:
             self._pool.free_place()
@@ -339,7 +339,10 @@ class Pool:
         else:
             connection.age = 0
             self._idle.append(connection)
-        self.free_place()
+        if self._waiting:
+            self.free_place()
+        else:
+            self._busy -= 1
 
     def discard(self, connection: WorkerConnection) -> None:
         """Drop a connection that closed while idle."""

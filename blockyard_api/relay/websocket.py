@@ -10,26 +10,17 @@ _GOING_AWAY: Final = b"\x88\x02\x03\xe9"  # a server's Close frame, status 1001
 class FrameScanner:
     """Follows one direction of a WebSocket, however its bytes are split, without looking at payloads."""
 
-    __slots__ = ("_header", "_skip")
+    __slots__ = ("_header", "_skip", "between_frames")
 
     def __init__(self) -> None:
         self._header = b""  # the beginning of a frame header
         self._skip = 0  # payload bytes still to come
-
-    @property
-    def between_frames(self) -> bool:
-        """Whether the bytes seen so far end where a frame ends."""
-        return not self._skip and not self._header
+        self.between_frames = True  # the bytes seen so far end where a frame ends
 
     def scan(self, data: bytes) -> bool:
         """Take the next bytes; return whether a data frame (text, binary, continuation) begins in them."""
         size = len(data)
         at = self._skip
-        if at >= size:
-            self._skip = at - size
-            return False
-        if not at and not self._header and size > 1 and _is_one_small_frame(data, size):
-            return data[0] & 15 < 3
         seen = False
         while at < size:
             begun = len(self._header)
@@ -43,12 +34,8 @@ class FrameScanner:
             at += length - begun + _payload_length(header)
             seen = seen or header[0] & 15 < 3
         self._skip = at - size
+        self.between_frames = at == size and not self._header
         return seen
-
-
-def _is_one_small_frame(data: bytes, size: int) -> bool:
-    second = data[1]  # mask bit and length
-    return size == (second - 122 if second > 127 else second + 2) and second & 127 < 126
 
 
 def _header_length(header: bytes) -> int:
@@ -105,7 +92,7 @@ class Tunnel:
             return
         self._leaving = True
         self._worker.transport.abort()
-        if self._worker.between_frames:
+        if self._worker.scanner.between_frames:
             self._visitor.transport.write(_GOING_AWAY)
         self._visitor.discard_input()
         self._visitor.transport.write_eof()
@@ -134,7 +121,7 @@ class Tunnel:
 class _End(asyncio.Protocol):
     """One side of a tunnel: what it sends goes to the other."""
 
-    __slots__ = ("_message", "_other", "_scan", "_scanner", "_tunnel", "_write", "transport")
+    __slots__ = ("_message", "_other", "_tunnel", "_write", "scanner", "transport")
 
     def __init__(
         self, tunnel: Tunnel, transport: asyncio.Transport, other: asyncio.Transport, message: Callable[[], None] | None
@@ -143,20 +130,26 @@ class _End(asyncio.Protocol):
         self._tunnel = tunnel
         self._other = other
         self._write: Callable[[bytes], None] = other.write
-        self._scanner = FrameScanner()
-        self._scan = self._scanner.scan
+        self.scanner = FrameScanner()
         self._message = message
-
-    @property
-    def between_frames(self) -> bool:
-        return self._scanner.between_frames
 
     def discard_input(self) -> None:
         self._write = _discard
 
     def data_received(self, data: bytes) -> None:
         self._write(data)
-        if self._scan(data) and self._message is not None:
+        size = len(data)
+        second = data[1] if size > 1 else 126  # mask bit and length
+        # nearly every read is one small frame from its first byte to its last: spare it the scanner
+        if (
+            size == (second - 122 if second > 127 else second + 2)
+            and second & 127 < 126
+            and self.scanner.between_frames
+        ):
+            seen = data[0] & 15 < 3
+        else:
+            seen = self.scanner.scan(data)
+        if seen and self._message is not None:
             self._message()
 
     def pause_writing(self) -> None:

@@ -3,9 +3,9 @@
 import asyncio
 import base64
 import hashlib
+import os
 import re
 import sys
-from pathlib import Path
 from typing import cast
 
 import uvloop
@@ -39,8 +39,8 @@ class Echo(asyncio.Protocol):
 async def serve(path: str) -> None:
     """Run until the process is ended."""
     server = await asyncio.get_running_loop().create_unix_server(Echo, path, backlog=1024)
-    Path(path).chmod(0o666)  # nginx's worker is another user
     await server.serve_forever()
 
 
+os.umask(0)  # nginx's worker, another user, must connect to the socket
 uvloop.run(serve(sys.argv[1]))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+_GO = "/usr/bin/go"  # Debian's: a newer one elsewhere on the machine is another peer
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -119,7 +120,7 @@ def _proxies(options: Options, backend: str) -> Iterator[tuple[str, Callable[[in
     if options.peers:
         binary = options.directory / "reverse_proxy"
         offline = {**os.environ, "GO111MODULE": "off", "GOTOOLCHAIN": "local", "GOCACHE": str(options.directory / "go")}
-        subprocess.run(["go", "build", "-o", binary, HERE / "reverse_proxy.go"], check=True, env=offline)
+        subprocess.run([_GO, "build", "-o", binary, HERE / "reverse_proxy.go"], check=True, env=offline)
         yield "go", lambda port: [binary, str(port), backend]
 
 

@@ -5,6 +5,7 @@ import contextlib
 import ipaddress
 import itertools
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,7 +210,9 @@ class Client:
             return await self.reader.read()
 
     def reset(self) -> None:
-        """Go away at once."""
+        """Go away at once, with a reset."""
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
 

@@ -152,12 +152,14 @@ def pieces_of(stream, cuts):
 REQUESTS = (
     GET
     + b"POST /a HTTP/1.1\r\nHost: demo\r\nContent-Length: 11\r\n\r\nhello world"
-    + b"\r\nPUT /b HTTP/1.1\r\nHost: demo\r\nTransfer-Encoding: chunked\r\n\r\n5;x\r\nhello\r\n06\r\n world\r\n0\r\nX: y\r\n\r\n"
+    + b"\r\nPUT /b HTTP/1.1\r\nHost: demo\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + b"5;x\r\nhello\r\n06\r\n world\r\n0\r\nX: y\r\n\r\n"
     + b"DELETE /c HTTP/1.1\r\nHost: demo\r\nCookie: blockyard_route=1; a=2\r\n\r\n"
 )
 RESPONSE = (
     b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n"
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nSet-Cookie: a=1\r\n\r\n5\r\nhello\r\n6;x=y\r\n world\r\n0\r\nX: y\r\n\r\n"
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nSet-Cookie: a=1\r\n\r\n"
+    b"5\r\nhello\r\n6;x=y\r\n world\r\n0\r\nX: y\r\n\r\n"
 )
 
 

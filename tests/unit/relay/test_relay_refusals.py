@@ -23,7 +23,7 @@ AMBIGUOUS = {
     "length with underscore": POST + b"Content-Length: 1_0\r\n\r\nhello",
     "length with a fraction": POST + b"Content-Length: 5.0\r\n\r\nhello",
     "length with an exponent": POST + b"Content-Length: 5e0\r\n\r\nhello",
-    "length in other digits": POST + "Content-Length: ٥\r\n\r\nhello".encode(),
+    "length in other digits": POST + "Content-Length: \N{ARABIC-INDIC DIGIT FIVE}\r\n\r\nhello".encode(),
     "length beyond 64 bits": POST + b"Content-Length: 18446744073709551621\r\n\r\nhello",
     "length of nineteen digits": POST + b"Content-Length: 0000000000000000005\r\n\r\nhello",
     "empty length": POST + b"Content-Length:\r\n\r\n",
@@ -199,10 +199,15 @@ async def test_a_refused_client_that_still_sends_can_read_why(stage):
     assert await client.rest() == b""
 
 
-_PIECES = st.sampled_from(
-    [b"GET", b" ", b"/", b"HTTP/1.1", b"\r\n", b"\r", b"\n", b"\x00", b"Host", b":", b"demo", b"Content-Length", b"5", b"+",
-     b"Transfer-Encoding", b"chunked", b",", b"\t", b"_", b"-", b"\xff", b"Connection", b"close", b"X-Shiny-User", b"#", b";"]
-)  # fmt: skip
+_PIECES = st.one_of(
+    st.sampled_from(
+        [b"\r\n", b"\r", b"\n", b"\x00", b" ", b"\t", b":", b",", b"+", b"-", b"_", b"#", b";", b"/", b"\xff"]
+    ),
+    st.sampled_from(
+        [b"Host", b"demo", b"Content-Length", b"5", b"Transfer-Encoding", b"chunked", b"Connection", b"close"]
+    ),
+    st.sampled_from([b"GET", b"HTTP/1.1", b"X-Shiny-User"]),
+)
 
 
 @settings(max_examples=400, deadline=None)

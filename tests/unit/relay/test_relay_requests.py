@@ -4,6 +4,8 @@ import asyncio
 
 import pytest
 
+from blockyard_api.relay.gate import Reply
+
 GET = b"GET / HTTP/1.1\r\nHost: demo\r\n\r\n"
 
 
@@ -154,8 +156,16 @@ async def test_our_cookies_stay_here_and_the_apps_own_arrive(stage, sent, arrive
 
 
 async def test_the_worker_learns_who_asked_and_how(stage):
-    await stage.get("X-Forwarded-For: 6.6.6.6", "X_Forwarded_For: 6.6.6.6", "X-Forwarded-Proto: https", "X-Real-IP: 6.6.6.6",
-                    "X-Forwarded-Host: evil", "X-Forwarded-Prefix: /evil", "X-Forwarded-Port: 1", "Forwarded: for=6.6.6.6")  # fmt: skip
+    await stage.get(
+        "X-Forwarded-For: 6.6.6.6",
+        "X_Forwarded_For: 6.6.6.6",
+        "X-Forwarded-Proto: https",
+        "X-Real-IP: 6.6.6.6",
+        "X-Forwarded-Host: evil",
+        "X-Forwarded-Prefix: /evil",
+        "X-Forwarded-Port: 1",
+        "Forwarded: for=6.6.6.6",
+    )
     turn = stage.worker.turns[0]
     assert turn.values("x-forwarded-for") == ["127.0.0.1"]
     assert turn.values("x-forwarded-proto") == ["http"]
@@ -290,8 +300,6 @@ async def test_pipelined_requests_are_answered_in_order(stage):
 
 
 async def test_pipelined_requests_that_the_gate_answers_itself_do_not_pile_up_calls(stage):
-    from blockyard_api.relay.gate import Reply
-
     stage.gate.decide = lambda head, forward: Reply(200, (), head.target)
     client = await stage.client()
     await client.send(b"".join(b"GET /%d HTTP/1.1\r\nHost: demo\r\n\r\n" % number for number in range(2000)))

@@ -11,7 +11,7 @@ import websockets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockyard_api.relay.websocket import FrameScanner
+from blockyard_api.relay.websocket import FrameScanner, Tunnel
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 ACCEPT = base64.b64encode(hashlib.sha1(KEY.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()).decode()
@@ -269,7 +269,11 @@ async def test_an_upgraded_connection_leaves_its_place_to_others(staging):
 FRAMES = st.lists(
     st.builds(
         frame,
-        st.one_of(st.binary(max_size=200), st.integers(0, 70_000).map(bytes)),
+        st.one_of(
+            st.sampled_from([0, 1, 123, 124, 125, 126, 127, 65535, 65536]).map(bytes),
+            st.binary(max_size=200),
+            st.integers(0, 70_000).map(bytes),
+        ),
         st.sampled_from([0, 1, 2, 8, 9, 10]),
         masked=st.booleans(),
         final=st.booleans(),
@@ -302,3 +306,62 @@ def test_byte_by_byte_every_data_frame_is_counted_once(frames):
     scanner = FrameScanner()
     counted = sum(scanner.scan(bytes([byte])) for byte in b"".join(frames[:3]))
     assert counted == sum(written[0] & 15 < 3 for written in frames[:3])
+
+
+class Line:
+    """As much of a transport as a tunnel needs, to be cut at any byte."""
+
+    def __init__(self):
+        self.written = b""
+
+    def write(self, data):
+        self.written += data
+
+    def set_protocol(self, protocol):
+        self.protocol = protocol
+
+    def is_closing(self):
+        return False
+
+    def abort(self):
+        self.aborted = True
+
+    def write_eof(self):
+        self.ended = True
+
+
+@settings(max_examples=300, deadline=None)
+@given(FRAMES, FRAMES, st.data())
+def test_a_tunnel_passes_every_byte_and_judges_every_piece_as_the_scanner_does(sent, answered, data):
+    visitor, worker, heard, expected = Line(), Line(), [], []
+    tunnel = Tunnel(visitor, worker, lambda: heard.append(1), lambda: None)
+    tunnel.start(b"", b"")
+    for frames, line in ((sent, visitor), (answered, worker)):
+        stream = b"".join(frames)
+        edges = list(itertools.accumulate(map(len, frames), initial=0))
+        places = st.one_of(st.sampled_from(edges), st.integers(0, len(stream)))
+        drawn = data.draw(st.lists(st.tuples(places, st.integers(-6, 6)), max_size=12))
+        cuts = sorted(min(max(at + by, 0), len(stream)) for at, by in drawn)
+        scanner = FrameScanner()
+        for a, b in itertools.pairwise([0, *cuts, len(stream)]):
+            line.protocol.data_received(stream[a:b])
+            if scanner.scan(stream[a:b]) and line is visitor:
+                expected.append(1)
+            assert line.protocol.scanner.between_frames == scanner.between_frames
+    assert (worker.written, visitor.written) == (b"".join(sent), b"".join(answered))
+    assert heard == expected
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 2, 5, 119, 120, 121, 122, 123, 124, 125, 126, 127, 128, 200])
+def test_no_beginning_and_no_surplus_is_taken_for_one_small_frame(size, masked):
+    stream = frame(bytes(size), 9, masked=masked) + frame(bytes(300), 9, masked=masked)
+    for cut in range(len(stream) + 1):
+        visitor = Line()
+        Tunnel(visitor, Line(), lambda: None, lambda: None).start(b"", b"")
+        scanner = FrameScanner()
+        for piece in (stream[:cut], stream[cut:]):
+            visitor.protocol.data_received(piece)
+            scanner.scan(piece)
+            assert visitor.protocol.scanner.between_frames == scanner.between_frames
+        assert scanner.between_frames
