@@ -74,8 +74,44 @@ def simple_app(body="", ui="fluidPage('plain page')", server="function(input, ou
     return {"app.R": f"library(shiny)\n{body}\nshinyApp({ui}, {server})\n"}
 
 
-class Pair:
-    """A running pair, and what a test does with it."""
+class Server:
+    """A running server, and what an administrator and visitors do with it."""
+
+    def __init__(self, control_url, relay_origin, token=""):
+        self.control_url, self.relay_origin = control_url, relay_origin
+        self.log_in(token)
+
+    def log_in(self, token):
+        self.token = token
+        self.http = httpx.Client(base_url=self.control_url, headers={"Authorization": f"Bearer {token}"}, timeout=60)
+
+    def deploy(self, name, files, **settings):
+        """Make the app if need be, deploy, open it to the public; return the finished task."""
+        self.http.post("/api/v1/apps", json={"name": name})
+        content = files if isinstance(files, bytes) else archive(files)
+        answer = self.http.post(f"/api/v1/apps/{name}/bundles", content=content)
+        assert answer.status_code == 202, answer.text
+        log = self.http.get(f"/api/v1/tasks/{answer.json()['task_id']}/logs").text
+        task = self.http.get(f"/api/v1/tasks/{answer.json()['task_id']}").json()
+        assert task["status"] == "completed", log
+        changed = self.http.patch(f"/api/v1/apps/{name}", json={"access_type": "public", **settings})
+        assert changed.status_code == 200, changed.text
+        return answer.json()
+
+    def runtime(self, name):
+        return self.http.get(f"/api/v1/apps/{name}/runtime").json()
+
+    def workers(self, name, *states):
+        return [
+            w for w in self.runtime(name)["workers"] if w["status"] in (states or ("starting", "active", "draining"))
+        ]
+
+    def visitor(self):
+        return Visitor(self)
+
+
+class Pair(Server):
+    """A running pair of one's own: it can be killed, and started again."""
 
     def __init__(self, name, settings="", state_mount=None, first_uid=200_000, last_uid=200_999):
         self.user = ensure_user()
@@ -94,8 +130,7 @@ class Pair:
         self.spawner_socket.parent.mkdir()
         self.sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
         control, relay = (sock.getsockname()[1] for sock in self.sockets)
-        self.control_url = f"http://127.0.0.1:{control}"
-        self.relay_origin = f"http://127.0.0.1:{relay}"
+        super().__init__(f"http://127.0.0.1:{control}", f"http://127.0.0.1:{relay}")
         self.config = self.root / "blockyard.toml"
         lines = {
             "storage": [f'state_dir = "{self.state}"'],
@@ -125,10 +160,7 @@ class Pair:
             [*self._as_user(), sys.executable, "-m", "blockyard_api.main", "--config", self.config, "token", "--init"],
             check=True, capture_output=True, text=True, cwd="/", timeout=60,
         )  # fmt: skip
-        self.token = Path(printed.stdout.strip()).read_text().strip()
-        self.http = httpx.Client(
-            base_url=self.control_url, headers={"Authorization": f"Bearer {self.token}"}, timeout=60
-        )
+        self.log_in(Path(printed.stdout.strip()).read_text().strip())
         self.start_api()
         return self
 
@@ -196,7 +228,7 @@ class Pair:
     def _cgroup_pids(self):
         return [pid for file in self.cgroup.rglob("cgroup.procs") for pid in file.read_text().split()]
 
-    # --- what an administrator does
+    # --- what an administrator does to it
 
     def kill(self, which, number=signal.SIGKILL):
         process = getattr(self, which)
@@ -205,32 +237,6 @@ class Pair:
 
     def log(self, which):
         return (self.root / f"{which}.log").read_text(errors="replace")
-
-    def deploy(self, name, files, **settings):
-        """Make the app if need be, deploy, open it to the public; return the finished task."""
-        self.http.post("/api/v1/apps", json={"name": name})
-        content = files if isinstance(files, bytes) else archive(files)
-        answer = self.http.post(f"/api/v1/apps/{name}/bundles", content=content)
-        assert answer.status_code == 202, answer.text
-        log = self.http.get(f"/api/v1/tasks/{answer.json()['task_id']}/logs").text
-        task = self.http.get(f"/api/v1/tasks/{answer.json()['task_id']}").json()
-        assert task["status"] == "completed", log
-        changed = self.http.patch(f"/api/v1/apps/{name}", json={"access_type": "public", **settings})
-        assert changed.status_code == 200, changed.text
-        return answer.json()
-
-    def runtime(self, name):
-        return self.http.get(f"/api/v1/apps/{name}/runtime").json()
-
-    def workers(self, name, *states):
-        return [
-            w for w in self.runtime(name)["workers"] if w["status"] in (states or ("starting", "active", "draining"))
-        ]
-
-    # --- what a visitor does
-
-    def visitor(self):
-        return Visitor(self)
 
 
 class Visitor:

@@ -1,11 +1,65 @@
-"""A migrated database in a directory of its own."""
+"""A migrated database in a directory of its own, and a whole daemon around one."""
+
+import asyncio
+import os
+import shutil
 
 import pytest
+from running_control import Clock, Control
 
-from blockyard_api.store import database
+from blockyard_api.store import database, migrate
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory):
+    """A migrated database to copy: migrating takes a second, copying none."""
+    path = tmp_path_factory.mktemp("template") / "blockyard.db"
+    migrate.upgrade(path)
+    return path
 
 
 @pytest.fixture
-async def store(tmp_path):
+async def store(tmp_path, template):
+    shutil.copy(template, tmp_path / "blockyard.db")
     async with database.opened(tmp_path / "blockyard.db") as opened:
         yield opened
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+async def start(template, clock):
+    """A function that starts a daemon with given settings; what it leaves open after its end fails the test."""
+    before = _open()
+    started = []
+
+    async def begin(lines=""):
+        control = Control(template, lines)
+        started.append(control)
+        return await control.start()
+
+    yield begin
+    for control in started:
+        await control.close()
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    assert not [task for task in tasks if "blockyard" in repr(task.get_coro())], "tasks are left"
+    assert _open() <= before, "descriptors are left open"
+
+
+@pytest.fixture
+async def control(start):
+    return await start()
+
+
+def _open():
+    """What is open, by what it is: numbers are used again."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
+        except FileNotFoundError:  # the listing itself
+            continue
+    return {entry for entry in found if "pytest" not in entry[1]}

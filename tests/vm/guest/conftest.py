@@ -1,10 +1,19 @@
-"""Reports each test's result through the machine's port to the host, one JSON object a line."""
+"""The machine under test: `scripts/up` has run for real. Each result leaves by a port, as one JSON object a line."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+CHECKOUT = Path(__file__).parents[3]
+sys.path.insert(0, str(CHECKOUT / "tests" / "host" / "api"))
+
+from running_pair import Server  # noqa: E402 - its place is known only now
+
 PORT = "/dev/virtio-ports/results"
+STATE = Path("/var/lib/blockyard")
 
 
 def send(**message):
@@ -16,6 +25,19 @@ def send(**message):
 def show():
     """A function that has the host print a line."""
     return lambda line: send(show=line)
+
+
+@pytest.fixture(scope="session")
+def first_run():
+    """What the first `scripts/up` said."""
+    return subprocess.run([CHECKOUT / "scripts" / "up"], capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.fixture(scope="session")
+def server(first_run):
+    assert first_run.returncode == 0, first_run.stdout + first_run.stderr
+    token = (STATE / "admin-token").read_text().strip()
+    return Server("http://127.0.0.1:8080", "http://127.0.0.1:8081", token)
 
 
 def pytest_runtest_logreport(report):

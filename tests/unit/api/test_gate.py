@@ -1,0 +1,416 @@
+"""The gate and the sessions behind it: who may pass, to which worker, and what becomes of it when the world changes."""
+
+import asyncio
+import hashlib
+import inspect
+
+import pytest
+from running_control import head, until
+
+from blockyard_api.workers.life import State
+
+# --- a visitor's way in ----------------------------------------------------------------------------------------------
+
+
+async def test_a_new_visitor_waits_for_a_worker_and_is_given_a_cookie(control):
+    await control.app()
+    answer = await control.visit()
+    assert len(answer.cookie) >= 32
+    assert control.worker_of(answer).state is State.ACTIVE
+
+
+async def test_a_known_visitor_of_a_public_app_is_decided_about_at_once(control):
+    await control.app()
+    cookie = (await control.visit()).cookie
+    assert not inspect.isawaitable(control.gate.admit(head("/app/plain/x", cookie)))
+
+
+async def test_a_person_gets_the_loading_page_at_once_and_its_probe_answers_with_the_app(control):
+    await control.app()
+    control.spawner.serves = False
+    page = await control.ask("/app/plain/", html=True)
+    assert page.status == 202
+    probe = asyncio.create_task(control.ask("/app/plain/__blockyard__/ready", page.cookie))
+    worker = await until(control.spawner.running)
+    assert not probe.done()
+    await control.spawner.serve(worker[0].id)
+    assert (await probe).status == 204
+    assert (await control.ask("/app/plain/", page.cookie, html=True)).end().forwarded
+
+
+async def test_the_probe_of_a_visitor_without_cookies_starts_nothing_and_tells_him(control):
+    await control.app()
+    answer = await control.ask("/app/plain/__blockyard__/ready")
+    assert answer.status == 403
+    assert "cookies" in answer.text
+    assert not control.spawner.workers
+
+
+async def test_one_worker_starts_for_a_visitor_however_many_requests_he_sends_at_once(control):
+    await control.app()
+    control.spawner.serves = False
+    cookie = (await control.ask("/app/plain/", html=True)).cookie
+    asking = [asyncio.create_task(control.ask(f"/app/plain/{number}", cookie)) for number in range(20)]
+    (worker,) = await until(control.spawner.running)
+    await control.spawner.serve(worker.id)
+    answers = [(await one).end() for one in asking]
+    assert {control.worker_of(answer).id for answer in answers} == {worker.id}
+    assert len(control.spawner.workers) == 1
+
+
+async def test_what_calls_itself_an_asset_begins_no_session_and_starts_no_worker(control):
+    await control.app()
+    answer = await control.ask("/app/plain/x.png", Sec_Fetch_Dest=b"image")
+    assert answer.status == 404
+    assert not control.spawner.workers
+    served = await control.visit()
+    asset = (await control.ask("/app/plain/x.png", Sec_Fetch_Dest=b"image")).end()
+    assert control.worker_of(asset) is control.worker_of(served)
+    assert len(control.worker_of(served).slots) == 1
+
+
+@pytest.mark.parametrize("claim", [{"websocket": True}, {"method": b"POST"}])
+async def test_a_websocket_or_a_form_that_calls_itself_an_image_does_not_reach_another_visitors_worker(control, claim):
+    await control.app()
+    victim = await control.visit()
+    intruder = await control.ask("/app/plain/websocket/", Sec_Fetch_Dest=b"image", **claim)
+    assert control.worker_of(intruder) is not control.worker_of(victim)
+    assert intruder.end().cookie
+
+
+@pytest.mark.parametrize("origin", [b"", b"null", b"http://evil.example", b"http://[", b"http://\xff", b"://", b"[]"])
+async def test_a_websocket_from_any_other_origin_is_refused_however_malformed(control, origin):
+    await control.app()
+    cookie = (await control.visit()).cookie
+    answer = await control.ask("/app/plain/websocket/", cookie, websocket=True, origin=origin)
+    assert answer.status == 403
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/app", "/app/", "/app//plain/", "/app/PLAIN/", "/app/plain%2f/", "/app/plain;x/", "/app/./plain/",
+     "//app/plain/", "/app/../app/plain/", "/app/pl\xe4in/", "/app/plain%00/", "/app/plain\\/", "/APP/plain/"],
+)  # fmt: skip
+async def test_an_address_that_is_not_an_apps_to_the_letter_is_404(control, path):
+    await control.app()
+    assert (await control.ask(path)).status == 404
+
+
+@pytest.mark.parametrize(
+    "rest", ["..%2f..%2fother/", "../other/", "%2e%2e/other/", "//evil.example/", "a;b?c=%00", "\\"]
+)
+async def test_what_follows_an_apps_prefix_reaches_that_app_byte_for_byte(control, rest):
+    await control.app()
+    await control.app("other")
+    cookie = (await control.visit()).cookie
+    answer = (await control.ask(f"/app/plain/{rest}", cookie)).end()
+    assert answer.verdict.target == b"/" + rest.encode()
+    assert control.worker_of(answer).app_id == control.catalog.named("plain").id
+
+
+async def test_a_former_name_leads_to_the_new_one_with_path_and_query(control):
+    await control.app("old")
+    await control.change("old", name="new")
+    for asked, meant in (("/x?y=1", b"x?y=1"), ("//evil.example", b"/evil.example"), ("?y=1", b"?y=1"), ("", b"")):
+        answer = await control.ask(f"/app/old{asked}")
+        assert answer.status == 307
+        assert dict(answer.headers)[b"Location"] == b"http://127.0.0.1:8081/app/new/" + meant
+
+
+async def test_a_former_name_of_a_private_app_tells_strangers_nothing(control):
+    await control.app("old")
+    await control.change("old", name="new", access_type="acl")
+    assert (await control.ask("/app/old/")).status == 404
+
+
+# --- sessions --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_cookie_value_that_a_client_chose_never_becomes_a_session(control):
+    await control.app()
+    chosen = b"A" * 32
+    answer = await control.ask("/app/plain/", chosen)
+    assert answer.end().cookie not in (None, chosen)
+    again = await control.ask("/app/plain/", chosen)
+    assert again.end().cookie not in (None, chosen)
+    assert control.worker_of(again) is not control.worker_of(answer)
+
+
+async def test_a_hash_from_the_database_is_no_cookie(control):
+    await control.app()
+    cookie = (await control.visit()).cookie
+    stored = hashlib.sha256(cookie).hexdigest().encode()
+    assert (await control.ask("/app/plain/", stored)).end().cookie
+
+
+async def test_a_session_of_one_app_means_nothing_to_another(control):
+    await control.app("one")
+    await control.app("two")
+    cookie = (await control.visit("one")).cookie
+    assert (await control.ask("/app/two/", cookie)).end().cookie not in (None, cookie)
+
+
+async def test_only_some_cookies_of_one_request_are_looked_up(control):
+    await control.app()
+    cookie = (await control.visit()).cookie
+    few = (await control.ask("/app/plain/", b"x; blockyard_route=".join([b""] * 4) + cookie)).end()
+    assert few.cookie is None
+    many = (await control.ask("/app/plain/", b"x; blockyard_route=".join([b""] * 4000) + cookie)).end()
+    assert many.cookie is not None
+
+
+async def test_an_address_that_begins_too_many_sessions_is_slowed_down_and_others_are_not(control):
+    await control.app(max_sessions_per_worker=100)
+    statuses = [(await control.ask("/app/plain/", client="203.0.113.1")).end().status for _ in range(40)]
+    assert statuses[:30] == [None] * 30
+    assert 429 in statuses
+    assert (await control.ask("/app/plain/", client="203.0.113.2")).end().forwarded
+
+
+async def test_the_addresses_of_one_ipv6_network_count_as_one(control):
+    await control.app(max_sessions_per_worker=100)
+    statuses = [(await control.ask("/app/plain/", client=f"2001:db8::{n:x}")).end().status for n in range(40)]
+    assert 429 in statuses
+    assert (await control.ask("/app/plain/", client="2001:db8:0:1::1")).end().forwarded
+
+
+async def test_a_known_visitor_is_never_slowed_down(control):
+    await control.app()
+    cookie = (await control.visit(client="203.0.113.1")).cookie
+    answers = [(await control.ask("/app/plain/", cookie, client="203.0.113.1")).end() for _ in range(100)]
+    assert all(answer.forwarded for answer in answers)
+
+
+async def test_a_page_without_a_websocket_holds_its_place_only_briefly(control, clock):
+    await control.app(max_workers_per_app=1)
+    cookie = (await control.visit()).cookie
+    assert (await control.ask("/app/plain/")).status == 503
+    clock.advance(16)
+    assert await control.visit()
+    late = await control.ask("/app/plain/", cookie)
+    assert late.status == 503  # another sits there now
+
+
+async def test_a_dropped_websocket_keeps_its_place_for_a_while_and_not_for_ever(start, clock):
+    control = await start("proxy.ws_cache_ttl = '60s'")
+    await control.app(max_workers_per_app=1)
+    cookie = (await control.visit()).cookie
+    answer, _ = await control.socket("plain", cookie)
+    clock.advance(100)
+    assert (await control.ask("/app/plain/")).status == 503
+    answer.end()
+    clock.advance(50)
+    assert (await control.ask("/app/plain/")).status == 503
+    clock.advance(20)
+    assert await control.visit()
+
+
+async def test_a_session_ends_its_open_websockets_when_it_is_too_old(start, clock):
+    control = await start("proxy.session_max_lifetime = '1h'\nproxy.idle_worker_timeout = '24h'")
+    await control.app()
+    cookie = (await control.visit()).cookie
+    _, ends = await control.socket("plain", cookie)
+    clock.advance(3500)
+    await control.sessions.save()
+    assert not ends
+    clock.advance(200)
+    await until(lambda: ends, "the end of the WebSocket")
+
+
+async def test_what_a_database_cannot_keep_costs_no_visitor_his_page(control):
+    await control.app()
+    async with control.services.database.begin() as connection:
+        await connection.exec_driver_sql("ALTER TABLE sessions RENAME TO elsewhere")
+        await connection.exec_driver_sql("ALTER TABLE workers RENAME TO elsewhere_too")
+    cookie = (await control.visit()).cookie
+    assert (await control.ask("/app/plain/", cookie)).end().forwarded
+    await control.deploy("plain")
+    assert (await control.ask("/app/plain/", cookie, html=True)).status == 202
+    assert control.alive
+
+
+# --- the world changes while a visitor waits -------------------------------------------------------------------------
+
+
+async def waiting(control, name="plain", **more):
+    """A visitor who waits for a worker that does not come to answer yet; returns his task and the worker."""
+    control.spawner.serves = False
+    asking = asyncio.create_task(control.ask(f"/app/{name}/websocket/", websocket=True, **more))
+    (worker,) = await until(control.spawner.running, "a worker")
+    return asking, worker
+
+
+async def test_access_that_is_revoked_while_a_visitor_waits_is_not_given(control):
+    await control.app()
+    asking, worker = await waiting(control)
+    await control.change("plain", access_type="acl")
+    control.sessions.drop_where(lambda session: session.user_sub is None)
+    await control.spawner.serve(worker.id)
+    answer = await asking
+    assert answer.status == 503
+    assert not control.fleet.find(worker.id).slots
+
+
+async def test_a_websocket_whose_session_ended_during_the_handshake_is_closed_at_once(control):
+    await control.app()
+    cookie = (await control.visit()).cookie
+    answer = await control.ask("/app/plain/websocket/", cookie, websocket=True)
+    control.sessions.drop_where(lambda session: True)
+    assert answer.open() == ["closed"]
+    assert not control.worker_of(answer).slots
+
+
+async def test_an_app_switched_off_between_the_decision_and_the_placing_starts_no_worker(control):
+    await control.app()
+    deciding = control.gate.admit(head("/app/plain/"))
+    await control.change("plain", enabled=False)
+    assert (await deciding).status == 503
+    assert not control.spawner.workers
+
+
+async def test_an_app_deleted_between_the_decision_and_the_placing_is_404(control):
+    made = await control.app()
+    deciding = control.gate.admit(head("/app/plain/"))
+    await control.catalog.delete(made)
+    assert (await deciding).status == 404
+    assert not control.spawner.workers
+
+
+async def test_a_redeploy_between_the_decision_and_the_placing_does_not_bring_the_old_bundle_back(control):
+    await control.app(pre_warmed_sessions=1)
+    await control.quiet()
+    deciding = control.gate.admit(head("/app/plain/"))
+    bundle = (await control.deploy("plain")).active_bundle
+    await control.quiet()
+    served = await deciding
+    served.tracker.request_ended()
+    assert {worker.request.bundle for worker in control.spawner.running()} == {bundle}
+    assert {worker.state for worker in control.fleet.all()} == {State.ACTIVE}
+
+
+async def test_a_token_revoked_while_it_was_looked_up_is_not_remembered(control):
+    await control.app(access_type="logged_in")
+    tokens = control.services.tokens
+    made, plain = await tokens.create("admin", "guest")
+    checking = asyncio.create_task(tokens.authenticate(plain))
+    revoking = asyncio.create_task(tokens.revoke("admin", made.id))
+    await asyncio.wait([checking, revoking])
+    checking.exception()
+    answer = await control.ask("/app/plain/", Authorization=f"Bearer {plain}".encode())
+    assert answer.status == 401
+
+
+async def test_a_websocket_ends_with_the_token_that_opened_it(start, clock):
+    control = await start("proxy.idle_worker_timeout = '24h'\nproxy.session_idle_ttl = '24h'")
+    await control.app(access_type="logged_in")
+    _, plain = await control.services.tokens.create("admin", "short", 600)
+    bearer = {"Authorization": f"Bearer {plain}".encode()}
+    cookie = (await control.visit(**bearer)).cookie
+    _, ends = await control.socket("plain", cookie, **bearer)
+    clock.advance(590)
+    await control.sessions.save()
+    assert not ends
+    clock.advance(30)
+    await until(lambda: ends, "the end of the WebSocket")
+
+
+async def test_each_page_that_is_open_over_two_redeploys_keeps_its_worker_and_no_longer(control, clock):
+    await control.app()
+    first = await control.visit()
+    pages = [await control.socket("plain", first.cookie)]
+    for _ in range(2):
+        await control.deploy("plain")
+        await control.ask("/app/plain/", first.cookie, html=True)
+        await control.quiet()
+        pages.append(await control.socket("plain", first.cookie))
+    workers = [control.worker_of(answer) for answer, _ in pages]
+    assert len(set(workers)) == 3
+    assert [worker.state for worker in workers] == [State.DRAINING, State.DRAINING, State.ACTIVE]
+    for (answer, _), worker in zip(pages[:2], workers[:2], strict=True):
+        answer.end()
+        clock.advance(61)
+        await until(worker.ended.is_set, "the end of the worker whose page was closed")
+        assert worker.end_reason == "redeployed"
+    assert workers[2].state is State.ACTIVE
+    assert workers[2].slots
+
+
+async def test_uploads_of_an_old_page_reach_the_worker_that_serves_it(control):
+    await control.app()
+    first = await control.visit()
+    old, _ = await control.socket("plain", first.cookie)
+    await control.deploy("plain")
+    await control.ask("/app/plain/", first.cookie, html=True)
+    await control.quiet()
+    upload = (await control.ask("/app/plain/session/abc/upload/x", first.cookie, method=b"POST")).end()
+    assert control.worker_of(upload) is control.worker_of(old)
+    other = (await control.ask("/app/plain/style.css", first.cookie)).end()
+    assert control.worker_of(other) is not control.worker_of(old)
+
+
+# --- what a visitor is told ------------------------------------------------------------------------------------------
+
+
+async def test_a_worker_that_fails_is_told_by_whether_it_still_runs(control):
+    await control.app()
+    served = await control.visit()
+    request = head("/app/plain/")
+    running = control.gate.failed(request, served.verdict, Exception("the status line is malformed."))
+    assert running.status == 502
+    assert b"(the status line is malformed)" in running.body
+    control.spawner.exit(control.worker_of(served).id)
+    await until(lambda: not control.fleet.all())
+    assert b"stopped" in control.gate.failed(request, served.verdict, Exception("gone")).body
+
+
+async def test_the_sandboxs_own_words_are_for_the_owner_and_not_for_visitors(control):
+    await control.app()
+    control.spawner.words = b"bwrap: execvp /secret/path: No such file or directory\n"
+    control.spawner.serves = False
+    page = await control.ask("/app/plain/", html=True)
+    (worker,) = await until(control.spawner.running)
+    known = control.fleet.find(worker.id)
+    await until(lambda: known.socket is not None)
+    control.spawner.exit(worker.id, 1)
+    await known.ended.wait()
+    assert "/secret/path" in known.end_reason
+    told = await control.ask("/app/plain/", page.cookie, html=True)
+    assert told.status == 503
+    assert "could not start" in told.text
+    assert "/secret/path" not in told.text
+
+
+async def test_a_hostile_title_is_inert_in_the_loading_page(control):
+    await control.app(title="</title><script>alert(1)</script>{{7*7}}'\"")
+    page = (await control.ask("/app/plain/", html=True)).text
+    assert "<script>alert" not in page
+    assert "{{7*7}}" in page
+
+
+async def test_an_apps_identity_headers_follow_the_token_and_nothing_else(control):
+    await control.app(access_type="logged_in")
+    _, plain = await control.services.tokens.create("admin", "mine")
+    answer = (await control.ask("/app/plain/", Authorization=f"Bearer {plain}".encode(), X_Shiny_User=b"root")).end()
+    assert answer.identity[b"X-Shiny-User"] == b"admin"
+    assert answer.identity[b"X-Shiny-Access"] == b"owner"
+    await control.change("plain", access_type="public")
+    assert (await control.ask("/app/plain/", X_Shiny_User=b"root")).end().identity == {b"X-Shiny-Access": b"anonymous"}
+
+
+async def test_every_way_to_ask_for_a_token_but_bearer_is_anonymous(control):
+    await control.app(access_type="logged_in")
+    _, plain = await control.services.tokens.create("admin", "mine")
+    for wrong in (f"Basic {plain}", plain, "Bearer", "Bearer ", f"Bearer {plain}x", f"Bearer \xff{plain}"):
+        assert (await control.ask("/app/plain/", Authorization=wrong.encode("latin-1"))).status == 401
+
+
+async def test_the_principal_of_another_user_is_not_given_somebodys_session(control):
+    await control.app(access_type="logged_in")
+    async with control.services.database.begin() as connection:
+        await connection.exec_driver_sql("INSERT INTO users (sub, role, created_at) VALUES ('eve', 'viewer', 0)")
+    (_, mine), (_, hers) = [await control.services.tokens.create(sub, "t") for sub in ("admin", "eve")]
+    victim = await control.visit(Authorization=f"Bearer {mine}".encode())
+    thief = (await control.ask("/app/plain/", victim.cookie, Authorization=f"Bearer {hers}".encode())).end()
+    assert thief.cookie not in (None, victim.cookie)
+    assert control.worker_of(thief) is not control.worker_of(victim)
+    assert thief.identity[b"X-Shiny-User"] == b"eve"

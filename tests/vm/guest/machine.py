@@ -1,0 +1,70 @@
+"""What the tests ask of systemd, the journal and the cgroup tree."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from running_pair import wait_for
+
+WORKERS = Path("/sys/fs/cgroup/system.slice/blockyard-workers.service")
+DAEMONS = ("blockyard-spawner.service", "blockyard-api.service")
+STATE_UNITS = (*DAEMONS, "blockyard-workers.service", "blockyard-api.socket", "blockyard-spawner.socket")
+
+
+def run(*command, check=True, timeout=120):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done
+
+
+def systemctl(*arguments, check=True):
+    return run("systemctl", *arguments, check=check)
+
+
+def unit(name, attribute):
+    return systemctl("show", "--value", f"--property={attribute}", name).stdout.strip()
+
+
+def audit(**fields):
+    """The spawner's journal entries with these fields, oldest first."""
+    matches = [f"BLOCKYARD_{name.upper()}={value}" for name, value in fields.items()]
+    lines = run("journalctl", "--unit=blockyard-spawner", "--output=json", "--quiet", *matches).stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def knob(worker, name):
+    return (WORKERS / "workers" / worker / name).read_text().strip()
+
+
+def r_process(worker):
+    """The pid of the R process of a worker."""
+    for pid in knob(worker, "cgroup.procs").split():
+        if "/exec/R" in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "):
+            return int(pid)
+    raise AssertionError(f"no R in {worker}")
+
+
+def kill_main(name):
+    before = unit(name, "MainPID")
+    os.kill(int(before), 9)
+    wait_for(lambda: unit(name, "MainPID") not in ("0", before), 60, f"another {name}")
+
+
+def active(server, app):
+    return wait_for(lambda: server.workers(app, "active"), 120, f"an active worker of {app}")
+
+
+def answers(server, within=60):
+    wait_for(lambda: server.http.get("/readyz").status_code == 200, within, "readiness")
+
+
+def cpu_seconds(worker):
+    return int(dict(line.split() for line in knob(worker, "cpu.stat").splitlines())["usage_usec"]) / 1e6
+
+
+def cores_used(worker, seconds):
+    before, began = cpu_seconds(worker), time.monotonic()
+    time.sleep(seconds)
+    return (cpu_seconds(worker) - before) / (time.monotonic() - began)

@@ -1,0 +1,172 @@
+"""The units: installed by `scripts/up`, activated by their sockets, delegated, audited, revived, and locked down."""
+
+import re
+import time
+
+import httpx
+import pytest
+from machine import DAEMONS, STATE_UNITS, WORKERS, active, answers, audit, knob, run, systemctl, unit
+from running_pair import simple_app, wait_for
+
+LIMITS = {"api": 1.5, "spawner": 4.3}  # systemd-analyze's exposure levels; both have been reached
+
+
+def test_one_command_leads_to_a_page_and_downloads_nothing(server, first_run):
+    assert "apt:" not in first_run.stdout
+    assert "virtual environment:" not in first_run.stdout
+    assert "http://127.0.0.1:8081/app/hello/" in first_run.stdout
+    assert "/var/lib/blockyard/admin-token" in first_run.stdout
+    page = httpx.get("http://127.0.0.1:8080/app/hello/", follow_redirects=True, timeout=120)
+    assert page.status_code == 200
+    assert "Hello from Blockyard" in page.text
+
+
+def test_run_again_it_changes_nothing_that_is_right(server):
+    before = [unit(name, "InvocationID") for name in STATE_UNITS]
+    again = run("/srv/checkout/scripts/up", timeout=280)
+    assert [unit(name, "InvocationID") for name in STATE_UNITS] == before
+    assert not re.search(r"^    /(usr|etc|opt)", again.stdout, re.MULTILINE), again.stdout
+
+
+def test_the_sockets_start_the_daemons(server):
+    systemctl("stop", *DAEMONS)
+    assert httpx.get("http://127.0.0.1:8080/healthz", timeout=120).text == "ok"
+    answers(server)
+    assert [unit(name, "ActiveState") for name in DAEMONS] == ["active", "active"]
+
+
+def test_a_worker_lives_in_the_delegated_subtree_with_its_own_limits(server):
+    assert unit("blockyard-workers.service", "Delegate") == "yes"
+    assert set((WORKERS / "cgroup.subtree_control").read_text().split()) >= {"memory", "pids", "cpu"}
+    assert (WORKERS / "holder" / "cgroup.procs").read_text().strip()
+    server.deploy("limited", simple_app(), memory_limit="300m", cpu_limit=0.5)
+    assert server.visitor().get("/app/limited/").status_code == 200
+    worker = active(server, "limited")[0]["id"]
+    assert knob(worker, "memory.max") == str(300 << 20)
+    assert knob(worker, "memory.swap.max") == "0"
+    assert knob(worker, "memory.oom.group") == "1"
+    assert knob(worker, "pids.max") == "512"
+    assert knob(worker, "cpu.max") == "50000 100000"
+    stats = server.workers("limited")[0]["stats"]
+    assert stats["memory_limit_bytes"] == 300 << 20
+    assert 0 < stats["memory_usage_bytes"] < 300 << 20
+
+
+def test_the_audit_tells_who_was_started_when_as_which_uid_and_how_it_ended(server):
+    server.deploy("audited", simple_app())
+    assert server.visitor().get("/app/audited/").status_code == 200
+    server.http.post("/api/v1/apps/audited/disable")
+    entries = wait_for(lambda: (found := audit(app="audited")) and len(found) >= 3 and found, what="three entries")
+    spawned, stopped, ended = entries[0], entries[1], entries[-1]
+    for entry in (spawned, stopped, ended):
+        assert entry["SYSLOG_IDENTIFIER"] == "blockyard-spawner"
+        assert entry["BLOCKYARD_WORKER"] == spawned["BLOCKYARD_WORKER"]
+        assert 60000 <= int(entry["BLOCKYARD_UID"]) <= 60999
+        assert entry["BLOCKYARD_CGROUP"].startswith("/system.slice/blockyard-workers.service/workers/")
+        assert entry["BLOCKYARD_RESULT"]
+    assert spawned["BLOCKYARD_PEER_UID"] == run("id", "-u", "blockyard").stdout.strip()
+    assert int(spawned["BLOCKYARD_PEER_PID"]) > 0
+    assert ended["BLOCKYARD_RESULT"] == "stopped"
+    assert len({entry["MESSAGE_ID"] for entry in (spawned, stopped, ended)}) == 3
+
+
+def test_the_catalogue_explains_each_kind_of_entry(server):
+    explained = run("journalctl", "--unit=blockyard-spawner", "--catalog", "--quiet", "--lines=50").stdout
+    assert "-- " in explained
+    for entry in audit():
+        if "MESSAGE_ID" in entry and "BLOCKYARD_RESULT" in entry:
+            assert run("journalctl", "--dump-catalog", entry["MESSAGE_ID"]).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("user", "verb", "target", "allowed"),
+    [
+        ("blockyard", "restart", "blockyard-spawner.service", True),
+        ("blockyard", "start", "blockyard-spawner.service", True),
+        ("blockyard", "stop", "blockyard-spawner.service", False),
+        ("blockyard", "restart", "blockyard-spawner.socket", False),
+        ("blockyard", "restart", "blockyard-api.service", False),
+        ("blockyard", "stop", "blockyard-workers.service", False),
+        ("blockyard", "restart", "systemd-journald.service", False),
+        ("nobody", "restart", "blockyard-spawner.service", False),
+        ("operator", "restart", "blockyard-spawner.service", True),
+        ("operator", "restart", "blockyard-api.service", True),
+        ("operator", "restart", "systemd-journald.service", False),
+    ],
+)
+def test_polkit_allows_exactly_what_the_rule_names(server, user, verb, target, allowed):
+    if user == "operator":
+        run("useradd", "--no-create-home", "--groups", "blockyard-admin", "operator", check=False)
+    asked = run("runuser", "-u", user, "--", "systemctl", "--no-ask-password", verb, target, check=False)
+    assert (asked.returncode == 0) is allowed, asked.stderr
+    answers(server)
+
+
+def test_the_api_revives_a_spawner_that_is_down(server):
+    systemctl("stop", "blockyard-spawner.socket", "blockyard-spawner.service")
+    assert unit("blockyard-spawner.service", "ActiveState") == "inactive"
+    wait_for(lambda: server.http.get("/readyz").status_code == 200, 60, "the spawner's return")
+    assert unit("blockyard-spawner.service", "ActiveState") == "active"
+
+
+def test_stopping_the_workers_unit_ends_every_worker_and_starting_it_lets_them_in_again(server):
+    server.deploy("emergency", simple_app())
+    assert server.visitor().get("/app/emergency/").status_code == 200
+    systemctl("stop", "blockyard-workers.service")
+    wait_for(lambda: not server.workers("emergency"), 60, "the end of all")
+    refused = server.visitor().get("/app/emergency/")
+    assert refused.status_code == 503
+    systemctl("start", "blockyard-workers.service")
+    wait_for(lambda: server.visitor().get("/app/emergency/").status_code == 200, 120, "the app again")
+
+
+def test_the_status_shows_the_units_ceilings_and_use(server):
+    environ = ["env", f"BLOCKYARD_TOKEN={server.token}", f"BLOCKYARD_URL={server.control_url}"]
+    status = server.http.get("/api/v1/system/status").json()
+    assert status["unit"]["control_group"] == "/system.slice/blockyard-workers.service"
+    assert status["unit"]["tasks_max"] == 20000
+    assert status["unit"]["memory_max"] > 0
+    assert status["unit"]["memory_current"] > 0
+    printed = run(*environ, "by", "admin", "status").stdout
+    assert "20000" in printed
+    assert "/system.slice/blockyard-workers.service" in printed
+
+
+def test_the_daemons_are_locked_down_as_far_as_has_been_reached(server, show):
+    for name, limit in LIMITS.items():
+        told = run("systemd-analyze", "security", "--no-pager", f"blockyard-{name}.service", check=False).stdout
+        line = told.strip().splitlines()[-1]
+        show(line.strip("→ "))
+        assert float(re.search(r"blockyard-\w+\.service: ([\d.]+)", line)[1]) <= limit
+
+
+def test_the_api_can_write_nowhere_but_to_its_state(server):
+    pid = unit("blockyard-api.service", "MainPID")
+    inside = ["nsenter", f"--target={pid}", "--mount", "--", "setpriv", "--reuid=blockyard", "--regid=blockyard"]
+    inside += ["--clear-groups", "--no-new-privs"]
+    for path in (
+        "/etc/blockyard",
+        "/opt/blockyard/venv",
+        "/usr/local/lib/systemd/system",
+        "/run/blockyard",
+        "/var/log",
+    ):
+        assert run(*inside, "touch", f"{path}/intruder", check=False).returncode != 0, path
+    assert run(*inside, "touch", "/var/lib/blockyard/own").returncode == 0
+    run(*inside, "rm", "/var/lib/blockyard/own")
+
+
+def test_a_worker_sees_nothing_of_the_server(server):
+    looks = "unlist(lapply(c('/etc/blockyard', '/var/lib', '/home', '/root', '/sys', '/run', '/app/..'), list.files))"
+    server.deploy("curious", simple_app(ui=f"fluidPage(paste(c('SEEN', {looks}), collapse = '|'))"))
+    page = server.visitor().get("/app/curious/").text
+    seen = set(re.search(r"SEEN([^<]*)", page)[1].split("|"))
+    assert not seen & {"blockyard.toml", "blockyard", "blockyard.db", "fs", "systemd", "dbus", "spawner.sock", "srv"}
+    assert seen >= {"worker", "app"}  # it did look: /run/worker and /app are there
+
+
+def test_time_passes_without_a_watchdog_biting(server):
+    before = [unit(name, "NRestarts") for name in DAEMONS]
+    time.sleep(5)
+    assert [unit(name, "NRestarts") for name in DAEMONS] == before
+    assert all(unit(name, "WatchdogTimestampMonotonic") != "0" for name in DAEMONS)
