@@ -108,6 +108,7 @@ async def _serve(configured: Settings) -> None:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=75,  # as the relay: uvicorn's 5 s meet clients that are just about to send again
             timeout_graceful_shutdown=max(1, round(configured.server.shutdown_timeout)),
         )
         api = uvicorn.Server(config)
