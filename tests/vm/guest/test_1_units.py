@@ -5,6 +5,7 @@ import time
 
 import httpx
 import pytest
+from conftest import CHECKOUT
 from machine import DAEMONS, STATE_UNITS, WORKERS, active, answers, audit, knob, run, systemctl, unit
 from running_pair import simple_app, wait_for
 
@@ -77,6 +78,14 @@ def test_the_catalogue_explains_each_kind_of_entry(server):
     for entry in audit():
         if "MESSAGE_ID" in entry and "BLOCKYARD_RESULT" in entry:
             assert run("journalctl", "--dump-catalog", entry["MESSAGE_ID"]).stdout.strip()
+
+
+def test_the_journal_queries_in_the_documentation_work(server):
+    text = (CHECKOUT / "docs" / "operate.md").read_text()
+    queries = re.findall(r"^    (journalctl [^#\n]+)", text, re.MULTILINE)
+    assert len(queries) >= 5
+    for query in queries:
+        run("sh", "-c", f"{query} --no-pager --lines=5")
 
 
 @pytest.mark.parametrize(
