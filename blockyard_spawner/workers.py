@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import select
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -122,7 +123,7 @@ class Workers:
     async def stop(self, name: str, grace: float, peer: Mapping[str, object]) -> Worker:
         """Interrupt the app, after `grace` seconds kill what is left; return when everything is gone."""
         worker = self.find(name)
-        if worker.state == "running":
+        if worker.state == "running" and not _has_ended(worker.pidfd):  # else it ended by itself, and is told so
             worker.state = "stopping"
             self._audit("stop", worker, "ok", "is being stopped", **peer)
             self._tasks.create_task(self._interrupt(worker, grace))
@@ -194,6 +195,13 @@ class Workers:
         return functools.partial(drop, worker.uid, self.config["process.worker_gid"])
 
 
+def _has_ended(pidfd: int) -> bool:
+    waiting = select.poll()  # not select(), which knows no descriptor above 1023
+    if pidfd >= 0:
+        waiting.register(pidfd, select.POLLIN)
+    return pidfd < 0 or bool(waiting.poll(0))
+
+
 async def _exit_of(pidfd: int) -> os.waitid_result | None:
     """Wait for a process's end, close its pidfd, and return how it ended; None if that cannot be known."""
     if pidfd < 0:
@@ -212,7 +220,7 @@ def _result(exited: os.waitid_result | None, kills: int, *, stopped: bool) -> di
     number = exited.si_status if exited and exited.si_code != os.CLD_EXITED else None
     if status is not None and 128 < status <= 128 + 64:  # bwrap reports the app's signal as a shell does
         number = status - 128
-    reasons = {"stopped": stopped, "oom": kills, "signalled": number, "exited": status is not None, "unknown": True}
+    reasons = {"oom": kills, "stopped": stopped, "signalled": number, "exited": status is not None, "unknown": True}
     reason = next(name for name, holds in reasons.items() if holds)
     return {"reason": reason, "status": status, "signal": number, "oom_kills": kills}
 
