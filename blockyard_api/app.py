@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -101,9 +102,9 @@ async def running(settings: Settings, manager: ServiceManager, log_pipes: dict[s
         finally:
             fleet.detach()
             await relay.close(settings.server.shutdown_timeout)
-            with suppress(BlockyardError):  # a full disk must not keep the daemon from ending
-                await sessions.save()
-            for task in (adopting, keeping, *fleet.lives()):
+            if fleet.adopted.is_set():  # else those of an earlier run are not known yet, and would be told as over
+                await _try(sessions.save)
+            for task in (adopting, keeping, *fleet.lives(), *deployments.running()):
                 task.cancel()
             spawner.close()
 
@@ -113,6 +114,7 @@ async def _adopt(fleet: Fleet, sessions: Sessions, log_pipes: dict[str, int]) ->
         try:
             await fleet.adopt(log_pipes)
             await sessions.adopt()
+            fleet.adopted.set()
         except BlockyardError as error:
             log.warning("workers of an earlier run are not taken over yet: %s", error.message)
         else:
@@ -123,22 +125,27 @@ async def _adopt(fleet: Fleet, sessions: Sessions, log_pipes: dict[str, int]) ->
 async def _keep_house(
     settings: Settings, fleet: Fleet, sessions: Sessions, catalog: Catalog, deployments: Deployments, logs: Logs
 ) -> None:
-    """Do what is due now and then: end idle workers, save sessions, retry warm slots, delete what is old."""
+    """Do what is due now and then: end idle workers, retry warm slots, save sessions, delete what is old."""
     loop = asyncio.get_running_loop()
     period = min(settings.proxy.health_interval, settings.proxy.idle_worker_timeout / 2)
     clean_at = loop.time()
     await fleet.adopted.wait()
     while True:
-        try:
-            fleet.end_idle()
-            for app in catalog.all():
-                fleet.reconcile(app)
-            await sessions.save()
-            await fleet.sweep()
-            if loop.time() >= clean_at:
-                clean_at = loop.time() + _CLEAN_EVERY
-                await logs.prune(settings.proxy.log_retention)
-                await deployments.purge_deleted()
-        except BlockyardError as error:
-            log.warning("housekeeping is put off: %s", error.message)
+        fleet.end_idle()
+        for app in catalog.all():
+            fleet.reconcile(app.id)
+        await _try(sessions.save)
+        await _try(fleet.sweep)
+        if loop.time() >= clean_at:
+            clean_at = loop.time() + _CLEAN_EVERY
+            await _try(partial(logs.prune, settings.proxy.log_retention))
+            await _try(deployments.purge_deleted)
         await asyncio.sleep(period)
+
+
+async def _try(chore: Callable[[], Awaitable[None]]) -> None:
+    """Do what can be done later just as well."""
+    try:
+        await chore()
+    except BlockyardError as error:
+        log.warning("housekeeping is put off: %s", error.message)

@@ -1,5 +1,6 @@
 """The API's configuration: its keys on top of root's, read once at start into frozen values."""
 
+import difflib
 import ipaddress
 import re
 from collections.abc import Mapping
@@ -175,7 +176,10 @@ def load(file: str, environ: Mapping[str, str]) -> Settings:
 
     Raises ConfigError with one sentence that names file or variable, key and remedy.
     """
-    values = config.load(file, environ, KEYS, closed=True)
+    for name in config.read(file).keys() - KEYS.keys():
+        near = [f"did you mean '{key}'?" for key in difflib.get_close_matches(name, KEYS, n=1)]
+        raise ConfigError(f"{file}: unknown key '{name}'; {(*near, 'remove it.')[0]}")
+    values = config.load(file, environ, KEYS)
     sections = {
         name: section(**{part.name: values[f"{name}.{part.name}"] for part in fields(section)})
         for name, section in _SECTIONS.items()

@@ -1,11 +1,10 @@
-"""The audit: one structured entry for each start, spawn, refusal, stop and exit. It never stops the loop."""
+"""The audit: one structured entry for each start, spawn, refusal, exit and stop. It never stops the loop."""
 
 import contextlib
 import json
 import os
 import re
 import sys
-import time
 
 from cysystemd.journal import send
 
@@ -17,30 +16,16 @@ MESSAGE_IDS = {
     "stop": "354d12709fb3447f867d3647a4b7a609",
     "exit": "5e3e1abae27a4eb291f7fc337292dd7b",
 }
-_REFUSALS_PER_SECOND = 20
 
 
-class Audit:
-    """Writes entries to the journal, or as JSON lines to stderr where no journal runs."""
-
-    def __init__(self) -> None:
-        self._to_journal = os.path.exists("/run/systemd/journal/socket")
-        self._second = self._refusals = 0
-
-    def write(self, kind: str, message: str, **fields: object) -> None:
-        """Write one entry; `fields` become BLOCKYARD_<NAME>. Of a flood of refusals the rest is counted only."""
-        if kind == "refusal":
-            second, before = int(time.monotonic()), self._refusals
-            self._second, self._refusals = second, before + 1 if second == self._second else 1
-            if self._refusals > _REFUSALS_PER_SECOND:
-                return
-            fields["suppressed"] = max(before - _REFUSALS_PER_SECOND, 0) or None
-        entry: dict[str, object] = {"MESSAGE": message, "MESSAGE_ID": MESSAGE_IDS[kind]}
-        entry |= {"PRIORITY": 4 if kind == "refusal" else 6, "SYSLOG_IDENTIFIER": "blockyard-spawner"}
-        entry |= {f"BLOCKYARD_{name.upper()}": value for name, value in fields.items() if value is not None}
-        entry = {name: re.sub(r"[^\x20-\x7e]", "?", str(value)) for name, value in entry.items()}
-        with contextlib.suppress(OSError):  # a full disk or a journal that is away must not end the loop
-            if self._to_journal:
-                send(**entry)
-            else:
-                sys.stderr.write(json.dumps(entry) + "\n")
+def audit(kind: str, message: str, **fields: object) -> None:
+    """Write one entry to the journal, or as a JSON line to stderr where none runs; `fields` become BLOCKYARD_<NAME>."""
+    entry: dict[str, object] = {"MESSAGE": message, "MESSAGE_ID": MESSAGE_IDS[kind]}
+    entry |= {"PRIORITY": 4 if kind == "refusal" else 6, "SYSLOG_IDENTIFIER": "blockyard-spawner"}
+    entry |= {f"BLOCKYARD_{name.upper()}": value for name, value in fields.items() if value is not None}
+    entry = {name: re.sub(r"[^\x20-\x7e]", "?", str(value)) for name, value in entry.items()}
+    with contextlib.suppress(OSError):  # a full disk or a journal that is away must not end the loop
+        if os.path.exists("/run/systemd/journal/socket"):
+            send(**entry)
+        else:
+            sys.stderr.write(json.dumps(entry) + "\n")

@@ -8,7 +8,6 @@ import subprocess
 
 from blockyard_spawner.protocol import Limits, Refused
 
-_WANTED = ("memory", "pids", "cpu")
 _ASK = ("timeout", "5", "systemctl", "show", "--property=ControlGroup", "--value", "blockyard-workers.service")
 
 
@@ -25,55 +24,56 @@ async def readable(descriptor: int) -> None:
 class Cgroups:
     """The subtree at `root`; an empty `root` asks systemd where the workers' unit is."""
 
-    def __init__(self, root: str, *, allow_unlimited: bool) -> None:
+    def __init__(self, root: str) -> None:
         mounts = pathlib.Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
-        self._mount = next((line.split()[4] for line in mounts if " - cgroup2 " in line), "")
+        self.mount = next((line.split()[4] for line in mounts if " - cgroup2 " in line), "")
         self._root = root
-        self._allow_unlimited = allow_unlimited
         self.controllers: list[str] = []
 
-    def prepare(self) -> bool:
-        """Make the subtree ready, at each spawn: its unit may have been stopped and started. False: there is none."""
-        if not self._root and os.path.isdir("/run/systemd/system"):
+    def prepare(self) -> None:
+        """Make the subtree ready. Raises FileNotFoundError where its root is not there."""
+        self.controllers = []
+        if not self._root:
             answer = subprocess.run(_ASK, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
-            self._root = answer and self._mount + answer
-        if not self._mount or not os.path.isdir(self._root):
-            return False
+            self._root = answer and self.mount + answer
         holder, workers = self.directory("", "holder"), self.directory("")
         for directory in (holder, workers):
             directory.mkdir(exist_ok=True)
         for pid in (workers.parent / "cgroup.procs").read_text().split():
             (holder / "cgroup.procs").write_text(pid)  # a cgroup that has processes passes no controller on
+        offered = (workers.parent / "cgroup.controllers").read_text().split()
+        delegated = [name for name in offered if name in ("cpu", "memory", "pids")]
         for directory in (workers.parent, workers):
-            offered = (directory / "cgroup.controllers").read_text().split()
-            self.controllers = [name for name in _WANTED if name in offered]
-            (directory / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in self.controllers))
-        return True
+            (directory / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in delegated))
+        self.controllers = delegated
 
     def directory(self, name: str, group: str = "workers") -> pathlib.Path:
         """Name a worker's cgroup in the file system; it need not exist."""
-        return pathlib.Path(self._root, group, name)
+        return pathlib.Path(self._root or "/nonexistent", group, name)
 
-    def create(self, name: str, limits: Limits) -> str:
-        """Make a worker's cgroup with its limits; return its path as in /proc, or "" where root allows to do without.
+    def create(self, name: str, limits: Limits, *, unlimited: bool) -> str:
+        """Make a worker's cgroup with its limits; return its directory. Raises Refused.
 
-        Raises Refused ``no_cgroup`` and ``limits_unavailable``.
+        Where `unlimited` workers are allowed, what is not there is done without; "" means no cgroup at all.
         """
-        found, directory = self.prepare(), self.directory(name)
-        missing = [limit for limit in _WANTED if getattr(limits, limit) and limit not in self.controllers]
-        if not self._allow_unlimited and not found:
-            raise Refused("no_cgroup", "Run 'systemctl start blockyard-workers': the workers' cgroup is not there.")
-        if not self._allow_unlimited and missing:
-            raise Refused("limits_unavailable", f"Delegate cgroup controller {missing[0]}, or set allow_unlimited.")
-        if not found:
-            return ""
+        directory = self.directory(name)
+        try:
+            if not self.controllers or not directory.parent.exists():  # the unit may have been stopped and started
+                self.prepare()
+        except FileNotFoundError as error:
+            if unlimited:
+                return ""
+            message = "Run 'systemctl start blockyard-workers': the workers' cgroup is not there."
+            raise Refused("no_cgroup", message) from error
         directory.mkdir()
-        cpu = f"{limits.cpu * 100} 100000" if limits.cpu else None
-        memory = {"memory.max": limits.memory, "memory.swap.max": 0, "memory.oom.group": 1}
-        for knob, value in {"pids.max": limits.pids, "cpu.max": cpu, **memory}.items():
+        cpu = limits.cpu and f"{limits.cpu * 100} 100000"
+        asked = {"memory.max": limits.memory, "pids.max": limits.pids, "cpu.max": cpu}
+        for knob, value in {**asked, "memory.swap.max": 0, "memory.oom.group": 1}.items():
             if value is not None and (directory / knob).exists():  # without its controller there is none
                 (directory / knob).write_text(str(value))
-        return str(directory).removeprefix(self._mount)
+            elif asked.get(knob) and not unlimited:
+                raise Refused("limits_unavailable", f"Delegate the controller of {knob}, or set allow_unlimited.")
+        return str(directory)
 
     def pids(self, name: str) -> list[int]:
         """List a worker's processes."""

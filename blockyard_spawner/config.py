@@ -4,7 +4,6 @@ A key is a name, a default and a parser. The API adds its own keys to these; the
 """
 
 import contextlib
-import difflib
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -51,13 +50,14 @@ def written(meaning: str, pattern: str, convert: Callable[[str], T], *types: typ
 
 def integer(low: int, high: int) -> Callable[[object], int]:
     """A whole number within bounds."""
+    meaning = f"a whole number from {low} to {high}"
 
-    def within(digits: str) -> int:
-        if int(digits) not in range(low, high + 1):
-            raise ValueError(f"a whole number from {low} to {high}")
-        return int(digits)
+    def parse(value: object) -> int:
+        if (number := written(meaning, "[0-9]{1,18}", int, int)(value)) not in range(low, high + 1):
+            raise ValueError(meaning)
+        return number
 
-    return written(f"a whole number from {low} to {high}", "[0-9]{1,18}", within, int)
+    return parse
 
 
 def choice(*allowed: str) -> Callable[[object], str]:
@@ -106,7 +106,7 @@ KEYS: Mapping[str, Key] = {
     "storage.data_mounts": Key(data_mounts, {}),
     "process.bwrap_path": Key(path, "/usr/bin/bwrap"),
     "process.r_path": Key(path, "/usr/bin/R"),
-    "process.seccomp_profile": Key(lambda value: value if value == "" else path(value), ""),
+    "process.seccomp_profile": Key(lambda value: value and path(value), ""),
     "process.worker_uid_range_start": Key(integer(1000, 2**31), 60000),
     "process.worker_uid_range_end": Key(integer(1000, 2**31), 60999),
     "process.worker_gid": Key(integer(1, 2**31), 65534),
@@ -117,33 +117,30 @@ KEYS: Mapping[str, Key] = {
     "process.tmp_size": Key(size, 256 << 20),
     "process.api_user": Key(text, "blockyard"),
     "process.runtime_dir": Key(path, "/run/blockyard/workers"),
-    "process.cgroup_root": Key(lambda value: value if value == "" else path(value), ""),
+    "process.cgroup_root": Key(lambda value: value and path(value), ""),
     "process.allow_unlimited": Key(boolean, False),
 }
 
 
-def load(file: str, environ: Mapping[str, str], keys: Mapping[str, Key], *, closed: bool) -> dict[str, Any]:
-    """Read `keys` from a TOML file and ``BLOCKYARD_<SECTION>_<KEY>``, which overrides it.
-
-    With `closed`, a key in the file that is not in `keys` is an error. A missing file means defaults.
-    Raises ConfigError.
-    """
+def read(file: str) -> dict[str, Any]:
+    """Read a TOML file as ``section.key`` → value; a missing file is empty. Raises ConfigError."""
     document: dict[str, Any] = {}
     try:
         with contextlib.suppress(FileNotFoundError), open(file, "rb") as handle:
             document = tomllib.load(handle)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: {error}; correct the file or restore its readable mode.") from error
-    given: dict[str, tuple[str, object]] = {}
-    for section, table in document.items():
-        if type(table) is not dict:
-            raise ConfigError(f"{file}: '{section}' stands outside a section; put it below [server] or its like.")
-        given |= {f"{section}.{name}": (file, value) for name, value in table.items()}
-    if closed and (unknown := [name for name in given if name not in keys]):
-        near = [f"did you mean '{name}'?" for name in difflib.get_close_matches(unknown[0], keys, n=1)]
-        raise ConfigError(f"{file}: unknown key '{unknown[0]}'; {(*near, 'remove it.')[0]}")
-    variables = {name: f"BLOCKYARD_{name.replace('.', '_').upper()}" for name in keys}
-    given |= {name: (variable, environ[variable]) for name, variable in variables.items() if variable in environ}
+    if outside := [name for name, table in document.items() if type(table) is not dict]:
+        raise ConfigError(f"{file}: '{outside[0]}' stands outside a section; put it below [server] or its like.")
+    return {f"{section}.{name}": value for section, table in document.items() for name, value in table.items()}
+
+
+def load(file: str, environ: Mapping[str, str], keys: Mapping[str, Key]) -> dict[str, Any]:
+    """Take `keys` from a TOML file and ``BLOCKYARD_<SECTION>_<KEY>``, which overrides it. Raises ConfigError."""
+    given = {name: (file, value) for name, value in read(file).items()}
+    for name in keys:
+        if (variable := f"BLOCKYARD_{name.replace('.', '_').upper()}") in environ:
+            given[name] = (variable, environ[variable])
     result = {name: key.default for name, key in keys.items()}
     for name in given.keys() & keys.keys():
         source, value = given[name]

@@ -3,14 +3,12 @@
 import argparse
 import asyncio
 import contextlib
-import importlib.metadata
 import os
 import pathlib
 import pwd
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +18,9 @@ import prctl
 import sdnotify
 
 from blockyard_spawner import policy
+from blockyard_spawner.audit import audit
 from blockyard_spawner.config import DEFAULT_PATH, KEYS, ConfigError, load
+from blockyard_spawner.protocol import VERSION
 from blockyard_spawner.server import serve
 from blockyard_spawner.workers import Workers
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--config", default=DEFAULT_PATH, metavar="PATH", help=f"default {DEFAULT_PATH}")
     parser.add_argument("--socket", metavar="PATH", help="listen here; without it, on the socket that systemd passes")
     parser.add_argument("--unprivileged", action="store_true", help="run as an ordinary user, workers under its uid")
-    parser.add_argument("--version", action="version", version=importlib.metadata.version("blockyard"))
+    parser.add_argument("--version", action="version", version=f"protocol {VERSION}")
     arguments = parser.parse_args()
     prctl.set_name("blockyard-spawn")
     prctl.set_dumpable(0)
@@ -39,14 +39,13 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each worker holds a pidfd
     try:
-        config = load(arguments.config, os.environ, KEYS, closed=False)
+        config = load(arguments.config, os.environ, KEYS)
         policy.check(config)
         user = _api_user(config, unprivileged=arguments.unprivileged)
         workers = Workers(config, user.pw_gid, unprivileged=arguments.unprivileged)
-        listener = _bind(arguments.socket, user.pw_gid) if arguments.socket else _activated()
+        listener = _listen(arguments.socket, user.pw_gid)
     except (ConfigError, OSError) as error:
-        print(f"blockyard-spawner: {error}", file=sys.stderr)  # noqa: T201 - where a start that fails says why
-        sys.exit(2)
+        parser.exit(2, f"blockyard-spawner: {error}\n")
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(_run(listener, {0, user.pw_uid}, workers))
 
@@ -60,20 +59,15 @@ async def _run(listener: socket.socket, peers: set[int], workers: Workers) -> No
         async with asyncio.TaskGroup() as tasks:
             workers.adopt(tasks)
             filtered = "with a" if workers.config["process.seccomp_profile"] else "no"
-            workers.audit.write("start", f"Started, {filtered} seccomp filter: {workers.about()}.")
-            tasks.create_task(_report(systemd, workers))
+            audit("start", f"Started, {filtered} seccomp filter: {workers.about()}.")
+            tasks.create_task(serve(listener, peers, workers))
             systemd.notify("READY=1")
-            await serve(listener, peers, workers)
+            while True:  # the loop turns, and systemd is told so twice in the time that its watchdog allows
+                running = sum(worker.result is None for worker in workers.by_id.values())
+                systemd.notify(f"WATCHDOG=1\nSTATUS={running} workers, {len(workers.free_uids)} uids free")
+                await asyncio.sleep(int(os.environ.get("WATCHDOG_USEC", "10000000")) / 2_000_000)
     finally:
         systemd.notify("STOPPING=1")
-
-
-async def _report(systemd: sdnotify.SystemdNotifier, workers: Workers) -> None:
-    """Tell systemd that the loop turns, twice in the time that the watchdog allows."""
-    while True:
-        running = sum(worker.result is None for worker in workers.by_id.values())
-        systemd.notify(f"WATCHDOG=1\nSTATUS={running} workers, {len(workers.free_uids)} uids free")
-        await asyncio.sleep(int(os.environ.get("WATCHDOG_USEC", "10000000")) / 2_000_000)
 
 
 def _api_user(config: Mapping[str, Any], *, unprivileged: bool) -> pwd.struct_passwd:
@@ -89,25 +83,22 @@ def _api_user(config: Mapping[str, Any], *, unprivileged: bool) -> pwd.struct_pa
     return user
 
 
-def _bind(path: str, gid: int) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pathlib.Path(path).unlink(missing_ok=True)
-    os.umask(0o117)  # from its first moment nobody but the owner and its group can connect
-    listener.bind(path)
-    os.umask(0o022)
-    os.chown(path, -1, gid)
-    listener.listen()
-    listener.setblocking(False)
-    return listener
-
-
-def _activated() -> socket.socket:
-    if (os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")) != (str(os.getpid()), "1"):
+def _listen(path: str | None, gid: int) -> socket.socket:
+    if path:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pathlib.Path(path).unlink(missing_ok=True)
+        os.umask(0o117)  # from its first moment nobody but the owner and its group can connect
+        listener.bind(path)
+        os.umask(0o022)
+        os.chown(path, -1, gid)
+        listener.listen()
+    elif os.environ.pop("LISTEN_PID", "") == str(os.getpid()) and os.environ.pop("LISTEN_FDS", "") == "1":
+        listener = socket.socket(fileno=3)
+        listener.set_inheritable(False)
+    else:
         raise ConfigError("Start blockyard-spawner.socket, or give --socket: there is no socket to listen on.")
-    listener = socket.socket(fileno=3)
     if (listener.family, listener.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
         raise ConfigError("Use ListenSequentialPacket= in the socket unit: the socket that came is of another kind.")
-    listener.set_inheritable(False)
     listener.setblocking(False)
     return listener
 

@@ -21,6 +21,8 @@ _ENV = {
     "R_VSIZE": "32M",
 }
 _ENV_OURS = {*_ENV, "R_LIBS", "BLOCKYARD_APP", "BLOCKYARD_WORKER", "BLOCKYARD_SCRATCH"}
+# What may be limited → the key of its ceiling.
+_CEILINGS = {"memory": "memory_ceiling", "cpu": "cpu_ceiling", "pids": "pids_limit", "tmp": "tmp_size"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +90,8 @@ def authorize(config: Mapping[str, Any], request: Spawn) -> Launch:
 
 
 def _limits(config: Mapping[str, Any], asked: Limits) -> Limits:
-    keys = {"memory": "memory_ceiling", "cpu": "cpu_ceiling", "pids": "pids_limit", "tmp": "tmp_size"}
     chosen = {}
-    for name, key in keys.items():
+    for name, key in _CEILINGS.items():
         ceiling = config[f"process.{key}"]  # and the limit, where nothing is asked for: silence is not "unlimited"
         chosen[name] = getattr(asked, name) or config.get(f"server.default_{name}_limit") or ceiling
         if ceiling and chosen[name] > ceiling:

@@ -23,24 +23,25 @@ Name = Annotated[str, re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")]
 EnvName = Annotated[str, re.compile("[A-Z][A-Z0-9_]{0,63}")]
 Text = Annotated[str, re.compile(r"[^\x00]{0,4096}")]
 Network = Annotated[str, re.compile("host|none")]
+Amount = Annotated[int, range(1, 2**64)]  # what is too much is for root's ceilings to say
 
 
 class Refused(Exception):
     """A request that is not carried out: a stable code, and one sentence that says what to do."""
 
-    def __init__(self, code: str, message: str, seq: int | None = None) -> None:
-        super().__init__(message)
-        self.code, self.message, self.seq = code, message, seq
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code, self.message = code, message
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one worker may use; None leaves the choice to root's configuration."""
 
-    memory: Annotated[int, range(1, 2**50)] | None = None  # bytes
-    cpu: Annotated[int, range(1, 2**20)] | None = None  # thousandths of a core
-    pids: Annotated[int, range(1, 2**22)] | None = None
-    tmp: Annotated[int, range(1, 2**50)] | None = None  # bytes of /tmp
+    memory: Amount | None = None  # bytes
+    cpu: Amount | None = None  # thousandths of a core
+    pids: Amount | None = None
+    tmp: Amount | None = None  # bytes of /tmp
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +102,7 @@ def _typed(hint: Any, value: Any) -> Any:  # noqa: ANN401 - from whatever was se
         if not (rule.fullmatch(typed) if isinstance(rule, re.Pattern) else size in rule):
             raise ValueError(f"{value!r:.80} is not within {getattr(rule, 'pattern', rule)}")
         return typed
-    if type(value) is dict and hint in _HINTS:
-        if unknown := value.keys() - _HINTS[hint].keys():
-            raise ValueError(f"there is no field {min(unknown)!r:.80}")
+    if type(value) is dict and hint in _HINTS:  # an unknown field is a KeyError, a missing one a TypeError
         return hint(**{name: _typed(_HINTS[hint][name], item) for name, item in value.items()})
     if type(value) is dict and origin is Mapping:
         return {_typed(parts[0], name): _typed(parts[1], item) for name, item in value.items()}
@@ -121,13 +120,10 @@ def _unique(pairs: list[tuple[object, object]]) -> dict[object, object]:
 
 
 def unpack(packet: bytes) -> dict[Any, Any]:
-    """Decode one packet into a map with text keys at every level.
-
-    Raises Refused with code ``malformed``; msgpack's own failures are all ValueError.
-    """
+    """Decode one packet into a map with text keys at every level. Raises Refused ``malformed``."""
     try:
         message = msgpack.unpackb(packet, object_pairs_hook=_unique, max_ext_len=0, max_bin_len=0)
-    except (ValueError, RecursionError, OverflowError) as error:
+    except (ValueError, RecursionError, OverflowError) as error:  # msgpack's own failures are all ValueError
         raise Refused("malformed", f"Send one msgpack map in a packet: {error or type(error).__name__}.") from error
     if type(message) is not dict:
         raise Refused("malformed", "Send one msgpack map in a packet.")
@@ -135,19 +131,12 @@ def unpack(packet: bytes) -> dict[Any, Any]:
 
 
 def decode(packet: bytes) -> Request:
-    """Turn one packet into a request with exact types; its schema is closed, and two levels are its depth.
-
-    Raises Refused with code ``malformed``, ``unknown_operation`` or ``invalid_field``.
-    """
+    """Turn one packet into a request with exact types; its schema is closed. Raises Refused ``malformed``."""
     message = unpack(packet)
-    seq, operation = message.get("seq"), message.pop("op", None)
-    seq = seq if type(seq) is int and seq in range(2**53) else None
-    if type(operation) is not str or operation not in _OPERATIONS:
-        raise Refused("unknown_operation", f"Use one of: {', '.join(_OPERATIONS)}.", seq)
     try:
-        request: Request = _typed(_OPERATIONS[operation], message)
-    except (ValueError, TypeError) as error:  # a TypeError: a required field is missing
-        raise Refused("invalid_field", f"Correct operation '{operation}': {error}.", seq) from error
+        request: Request = _typed(_OPERATIONS[message.pop("op", None)], message)
+    except (ValueError, TypeError, KeyError) as error:
+        raise Refused("malformed", f"Correct the request: {error}.") from error
     return request
 
 

@@ -6,21 +6,32 @@ import os
 import socket
 import stat
 import struct
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from blockyard_spawner import policy
+from blockyard_spawner.audit import audit
 from blockyard_spawner.cgroup import readable
-from blockyard_spawner.protocol import MAX_PACKET, PAGE, VERSION, Hello, List, Refused, Spawn, Stop, decode, reply
-from blockyard_spawner.workers import Workers
+from blockyard_spawner.protocol import (
+    MAX_PACKET,
+    PAGE,
+    VERSION,
+    Hello,
+    List,
+    Refused,
+    Request,
+    Spawn,
+    Stop,
+    decode,
+    reply,
+)
+from blockyard_spawner.workers import Worker, Workers
 
 _CONNECTIONS = 8  # further ones wait to be accepted
-_UNANSWERED = 1024  # requests of one connection that wait for an end; it is not read beyond that
+_WAITING = 1024  # stops of one connection that are not answered yet
+_PAUSE = 0.05  # seconds after a refusal, so that a flood of them does not fill the audit
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)  # CMSG_SPACE would leave room for two
-_DAMAGED = socket.MSG_TRUNC | socket.MSG_CTRUNC
 
-Answer = tuple[dict[str, object], int]  # the reply's map, and a descriptor to go with it, or -1
+Answer = tuple[dict[str, object], int] | None  # the reply's map, and a descriptor to go with it or -1; None: later
 
 
 async def serve(listener: socket.socket, peers: set[int], workers: Workers) -> None:
@@ -29,99 +40,106 @@ async def serve(listener: socket.socket, peers: set[int], workers: Workers) -> N
     async with asyncio.TaskGroup() as conversations:
         while await room.acquire():
             connection, _ = await asyncio.get_running_loop().sock_accept(listener)
-            connection.setblocking(False)
-            pid, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            conversation = _Conversation(connection, {"peer_pid": pid, "peer_uid": uid}, workers)
-            task = conversations.create_task(conversation.run(welcome=uid in peers))
+            task = conversations.create_task(_Conversation(connection, workers).hold(peers))
             task.add_done_callback(lambda _: room.release())
 
 
 class _Conversation:
     """One peer. Whatever it sends costs nothing but this connection."""
 
-    def __init__(self, connection: socket.socket, peer: dict[str, object], workers: Workers) -> None:
-        self._connection, self._peer, self._workers = connection, peer, workers
-        self._greeted = False
+    def __init__(self, connection: socket.socket, workers: Workers) -> None:
+        self._connection, self._workers, self._greeted, self._waiting = connection, workers, False, 0
+        pid, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        self._peer = {"peer_pid": pid, "peer_uid": uid}
+        connection.setblocking(False)
 
-    async def run(self, *, welcome: bool) -> None:
+    async def hold(self, peers: set[int]) -> None:
         """Answer until the peer goes. Requests begin in order; only a `stop` takes time, so others may overtake it."""
-        room = asyncio.Semaphore(_UNANSWERED)
-        try:
-            async with asyncio.TaskGroup() as answers:
-                while await room.acquire():
-                    packet, descriptors = await self._receive(welcome=welcome)
-                    answers.create_task(self._answer(packet, descriptors)).add_done_callback(lambda _: room.release())
-        except* OSError:
-            self._connection.close()  # it has gone, or sends without reading: its stops go on, nobody waits for them
+        with self._connection:
+            if self._peer["peer_uid"] not in peers:
+                audit("refusal", "Connect as the API's user.", result="wrong_peer", **self._peer)
+                await asyncio.sleep(_PAUSE)
+                return
+            try:
+                async with asyncio.TaskGroup() as self._later:
+                    while True:
+                        await self._exchange()
+            except* (OSError, EOFError):  # it has gone, or sends without reading; its stops go on
+                pass
 
-    async def _receive(self, *, welcome: bool) -> tuple[bytes, list[int]]:
-        if not welcome:
-            raise self._refused("wrong_peer", "Connect as the API's user.")
+    async def _exchange(self) -> None:
         await readable(self._connection.fileno())
         packet, control, flags, _ = self._connection.recvmsg(MAX_PACKET, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC)
         descriptors = [number for _, _, data in control for number in struct.unpack(f"{len(data) // 4}i", data)]
-        if packet and not flags & _DAMAGED:
-            return packet, descriptors
-        for descriptor in descriptors:
-            os.close(descriptor)
-        if packet:
-            raise self._refused("too_large", "Send packets of at most 64 KiB, with one descriptor at most.")
-        raise ConnectionResetError
-
-    def _refused(self, code: str, message: str, **subject: object) -> ConnectionResetError:
-        self._workers.audit.write("refusal", message, result=code, **subject, **self._peer)
-        return ConnectionResetError(code)
-
-    async def _answer(self, packet: bytes, descriptors: list[int]) -> None:
-        seq, subject, rights = None, {}, []
+        request = None
         try:
-            request = decode(packet)
-            seq, subject = request.seq, {"worker": getattr(request, "id", None), "app": getattr(request, "app", None)}
-            ok, attached = await self._handle(request, descriptors)
-            answer = reply(seq=seq, ok=ok)
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", attached))] if attached >= 0 else []
+            request = self._understand(packet, flags, descriptors)
+            answer = HANDLERS[type(request)](self, request, descriptors)
         except (Refused, OSError) as error:
-            refused = error if isinstance(error, Refused) else Refused("system_error", f"See to the host: {error}.")
-            self._refused(refused.code, refused.message, **subject)
-            answer = reply(seq=seq or refused.seq, error={"code": refused.code, "message": refused.message})
+            code, message = error.args if isinstance(error, Refused) else ("system_error", f"See to the host: {error}.")
+            subject = {"worker": getattr(request, "id", None), "app": getattr(request, "app", None)}
+            audit("refusal", message, result=code, **subject, **self._peer)
+            self._send(request.seq if request else None, error={"code": code, "message": message})
+            await asyncio.sleep(_PAUSE)
+            if not request:
+                raise EOFError from error  # it does not keep to the protocol, so nobody listens to it any more
+        else:
+            if answer:
+                self._send(request.seq, answer[1], ok=answer[0])
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-        self._connection.sendmsg([answer], rights)  # BlockingIOError, if it does not read: an OSError as any other
 
-    async def _handle(self, request: Any, descriptors: list[int]) -> Answer:  # noqa: ANN401 - any row of HANDLERS
+    def _understand(self, packet: bytes, flags: int, descriptors: list[int]) -> Request:
+        if not packet:
+            raise EOFError
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise Refused("too_large", "Send packets of at most 64 KiB, with one descriptor at most.")
+        request = decode(packet)
         if self._greeted == isinstance(request, Hello):
             raise Refused("hello_first", "Say hello first, and once.")
         if descriptors and not isinstance(request, Spawn):
             raise Refused("unexpected_descriptor", "Send a descriptor with 'spawn' alone.")
-        return await HANDLERS[type(request)](self, request, descriptors)
+        return request
 
-    async def _hello(self, request: Hello, _: list[int]) -> Answer:
+    def _send(self, seq: int | None, attached: int = -1, **answer: object) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", attached))] if attached >= 0 else []
+        self._connection.sendmsg([reply(seq=seq, **answer)], rights)  # BlockingIOError, if the peer does not read
+
+    def _hello(self, request: Hello, _: list[int]) -> Answer:
         if request.version != VERSION:
             raise Refused("unsupported_version", f"Speak version {VERSION}.")
         self._greeted = True
         return {"version": VERSION, **self._workers.about()}, -1
 
-    async def _spawn(self, request: Spawn, descriptors: list[int]) -> Answer:
-        wanted = policy.authorize(self._workers.config, request)
-        worker = self._workers.spawn(wanted, _log_pipe(descriptors), self._peer)
-        return {**worker.record(), "started_at": time.time()}, worker.pidfd
+    def _spawn(self, request: Spawn, descriptors: list[int]) -> Answer:
+        worker = self._workers.spawn(request, _log_pipe(descriptors), self._peer)
+        return worker.record(), worker.pidfd
 
-    async def _stop(self, request: Stop, _: list[int]) -> Answer:
-        worker = await self._workers.stop(request.id, request.grace / 1000, self._peer)
-        return {"id": worker.id, "result": worker.result}, -1
+    def _stop(self, request: Stop, _: list[int]) -> Answer:
+        if self._waiting == _WAITING:
+            raise Refused("too_many_stops", "Wait for the replies to earlier ones.")
+        self._later.create_task(self._end(request, self._workers.find(request.id)))
+        self._waiting += 1
+        return None
 
-    async def _list(self, request: List, _: list[int]) -> Answer:
+    async def _end(self, request: Stop, worker: Worker) -> None:
+        await self._workers.stop(worker, request.grace / 1000, self._peer)
+        self._waiting -= 1
+        self._send(request.seq, ok={"id": worker.id, "result": worker.result})
+
+    def _list(self, request: List, _: list[int]) -> Answer:
         known = [worker for _, worker in sorted(self._workers.by_id.items()) if worker.state != "starting"]
-        after = [worker for worker in known if worker.id > (request.after or "")]
-        found = [self._workers.find(request.id)] if request.id else after
+        found = [worker for worker in known if worker.id > (request.after or "")]
+        if request.id:
+            found = [self._workers.find(request.id)]
         page = [worker.record("app", "state", "result") for worker in found[:PAGE]]
         answer = {"workers": page, "more": len(found) > PAGE, "unprivileged": self._workers.unprivileged}
         return answer, found[0].pidfd if request.id else -1
 
 
 # The whole privileged surface.
-HANDLERS: Mapping[type, Callable[[_Conversation, Any, list[int]], Awaitable[Answer]]] = {
+HANDLERS: Mapping[type, Callable[[_Conversation, Any, list[int]], Answer]] = {
     Hello: _Conversation._hello,
     Spawn: _Conversation._spawn,
     Stop: _Conversation._stop,

@@ -6,24 +6,21 @@ spawner finds its workers there, and what was interrupted is done again.
 
 import asyncio
 import contextlib
-import functools
 import os
 import pathlib
 import select
-import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from blockyard_spawner import launch, policy, sandbox, uids
-from blockyard_spawner.audit import Audit
+from blockyard_spawner import launch, policy, sandbox
+from blockyard_spawner.audit import audit
 from blockyard_spawner.cgroup import Cgroups, readable
-from blockyard_spawner.protocol import Refused
+from blockyard_spawner.protocol import Refused, Spawn
 
 _EMPTY_SECONDS, _RETRY_SECONDS, _ENDED_KEPT = 10, 5, 1024
-# As the worker's uid, and bounded: root has no right to look into the directory, nor to kill what looks too long.
-_SWEEP = 'exec 2>/dev/null; chmod -R u+rwx "$0"; exec find "$0" -mindepth 1 -delete'
+_SWEEP = 'timeout -k1 30 chmod -R u+rwx -- "$1"; timeout -k1 30 find "$1" -mindepth 1 -delete'
 
 
 @dataclass(slots=True)
@@ -49,14 +46,13 @@ class Workers:
     """All workers. Each has a task for its life; the workers themselves go on when those tasks are cancelled."""
 
     def __init__(self, config: Mapping[str, Any], api_gid: int, *, unprivileged: bool) -> None:
-        profile, pool = config["process.seccomp_profile"], policy.uids(config)
-        self.config, self._api_gid, self.unprivileged = config, api_gid, unprivileged
+        profile, gid, pool = config["process.seccomp_profile"], config["process.worker_gid"], policy.uids(config)
+        self.config, self._gid, self._api_gid, self.unprivileged = config, gid, api_gid, unprivileged
         self._program = pathlib.Path(__file__).with_name("launch.R").read_bytes()
         self._seccomp = [pathlib.Path(profile).read_bytes()] if profile else []
-        self.free_uids = deque([os.getuid()] * len(pool) if unprivileged else pool)
+        self.free_uids = deque([os.getuid()] * len(pool) if unprivileged else pool)  # given back longest ago: first
         self.by_id: dict[str, Worker] = {}
-        self.cgroups = Cgroups(config["process.cgroup_root"], allow_unlimited=config["process.allow_unlimited"])
-        self.audit = Audit()
+        self._cgroups = Cgroups(config["process.cgroup_root"])
         os.makedirs(config["process.runtime_dir"], mode=0o711, exist_ok=True)
 
     def adopt(self, tasks: asyncio.TaskGroup) -> None:
@@ -65,7 +61,8 @@ class Workers:
         From now on `tasks` holds the workers' lives.
         """
         self._tasks = tasks
-        self.cgroups.prepare()
+        with contextlib.suppress(FileNotFoundError):  # each spawn will try again
+            self._cgroups.prepare()
         for name in os.listdir(self._directory("")):
             uid = os.lstat(self._directory(name)).st_uid
             if uid not in self.free_uids:
@@ -75,9 +72,9 @@ class Workers:
             self.free_uids.remove(uid)
             worker = self.by_id[name] = Worker(name, "", uid, state="running")
             with contextlib.suppress(StopIteration, IndexError, OSError):  # it ended meanwhile, or never came to exec
-                worker.pid = next(pid for pid in self.cgroups.pids(name) if len(_pids_within(pid)) == 1)
+                worker.pid = next(pid for pid in self._cgroups.pids(name) if len(_pids_within(pid)) == 1)
                 worker.pidfd = os.pidfd_open(worker.pid)
-                worker.cgroup = _about(worker.pid, "cgroup").split("0::")[1].split("\n")[0]
+                worker.cgroup = str(self._cgroups.directory(name)).removeprefix(self._cgroups.mount)
                 # These are bwrap's own words: it is outside of its sandbox, so that no app can change them.
                 worker.app = _about(worker.pid, "cmdline").split("BLOCKYARD_APP\0")[1].split("\0")[0]
             self._tasks.create_task(self._live(worker))
@@ -85,70 +82,70 @@ class Workers:
     def about(self) -> dict[str, object]:
         """Describe the host on the wire."""
         uids = {"uids_free": len(self.free_uids), "uids_total": len(policy.uids(self.config))}
-        mode = {"unprivileged": self.unprivileged, "network": self.config["process.network"]}
-        return {"controllers": self.cgroups.controllers, **mode, **uids}
+        return {"controllers": self._cgroups.controllers, "unprivileged": self.unprivileged, **uids}
 
     def find(self, name: str) -> Worker:
         """Find one. Raises Refused ``unknown_worker``."""
-        if name not in self.by_id:
+        if name not in self.by_id or self.by_id[name].state == "starting":
             raise Refused("unknown_worker", f"Check the id: there is no worker {name}.")
         return self.by_id[name]
 
-    def spawn(self, wanted: policy.Launch, log: int, peer: Mapping[str, object]) -> Worker:
+    def spawn(self, request: Spawn, log: int, peer: Mapping[str, object]) -> Worker:
         """Start one; when this returns, bwrap runs. Raises Refused."""
-        name = wanted.request.id
+        name, wanted = request.id, policy.authorize(self.config, request)
         if name in self.by_id:
             raise Refused("worker_exists", f"Use a new id: worker {name} exists.")
-        worker = self.by_id[name] = Worker(name, wanted.request.app, uids.take(self.free_uids))
-        passed: list[int] = []
+        worker = self.by_id[name] = Worker(name, request.app, self._take_uid())
+        given = [log, log]
         try:
-            passed.extend(launch.open_source(source) for source in wanted.sources)  # what is open is in the list
+            given.extend(launch.open_source(source) for source in wanted.sources)  # what is open is in the list
             made = sandbox.files(self.config, worker.uid, self._program)
-            passed += [launch.open_contents(data) for data in (*made.values(), *self._seccomp)]
-            worker.cgroup = self.cgroups.create(name, wanted.limits)
+            given.extend(launch.open_contents(data) for data in (*made.values(), *self._seccomp))
             os.mkdir(self._directory(name), 0o700)
             os.chmod(self._directory(name), 0o2710)  # noqa: S103 - before it is given away: later needs a capability
             os.chown(self._directory(name), worker.uid, self._api_gid)
-            argv = sandbox.bwrap_argv(self.config, wanted, made, lasting=bool(worker.cgroup))
-            cgroup = str(self.cgroups.directory(name)) if worker.cgroup else ""
-            worker.pid, worker.pidfd = launch.start(self._drop(worker), argv, wanted.env, log, passed, cgroup)
+            cgroup = self._cgroups.create(name, wanted.limits, unlimited=self.config["process.allow_unlimited"])
+            worker.cgroup = cgroup.removeprefix(self._cgroups.mount)
+            argv = sandbox.bwrap_argv(self.config, wanted, made, lasting=bool(cgroup))
+            worker.pid, worker.pidfd = launch.start(worker.uid, self._gid, argv, wanted.env, given, cgroup)
             worker.state = "running"
         finally:
-            for descriptor in passed:
+            for descriptor in given[2:]:
                 os.close(descriptor)
             self._tasks.create_task(self._live(worker))  # which also clears away what failed half-way
         self._audit("spawn", worker, "ok", "was started", **peer)
         return worker
 
-    async def stop(self, name: str, grace: float, peer: Mapping[str, object]) -> Worker:
+    async def stop(self, worker: Worker, grace: float, peer: Mapping[str, object]) -> None:
         """Interrupt the app, after `grace` seconds kill what is left; return when everything is gone."""
-        worker = self.find(name)
         if worker.state == "running" and not _has_ended(worker.pidfd):  # else it ended by itself, and is told so
             worker.state = "stopping"
             self._audit("stop", worker, "ok", "is being stopped", **peer)
             self._tasks.create_task(self._interrupt(worker, grace))
         await worker.ended.wait()
-        return worker
 
     async def _interrupt(self, worker: Worker, grace: float) -> None:
-        with contextlib.suppress(OSError):  # a TimeoutError is one, and so is that no cgroup is left
-            for pid in self.cgroups.pids(worker.id):
-                if _pids_within(pid)[-1:] == [2]:  # R; process 1 of the sandbox is bwrap's
-                    launch.signal_as(self._drop(worker), pid, 2)
+        with contextlib.suppress(OSError, Refused):  # a TimeoutError is an OSError, and so is that no cgroup is left
+            apps = [pid for pid in self._cgroups.pids(worker.id) if _pids_within(pid)[-1:] == [2]]
+            await self._run_as(worker, "kill -INT $*", *map(str, apps))  # R: process 1 in the sandbox is bwrap's
             await asyncio.wait_for(worker.ended.wait(), grace)
-        self._kill(worker)
+        with contextlib.suppress(OSError, Refused):
+            if worker.cgroup:
+                self._cgroups.kill(worker.id)
+            elif worker.pidfd >= 0:  # bwrap's end takes its pid namespace along
+                await self._run_as(worker, "kill -KILL $1", str(worker.pid))
 
     async def _live(self, worker: Worker) -> None:
         exited = await _exit_of(worker.pidfd)
         worker.pidfd = -1
         kills = await self._clear(worker)
         self.free_uids.append(worker.uid)
-        worker.result, before = _result(exited, kills, stopped=worker.state == "stopping"), worker.state
-        worker.state = "ended"
-        worker.ended.set()
-        if before == "starting":  # it never ran, and its refusal is in the audit
+        if worker.state == "starting":  # it never ran, and its refusal is in the audit
             del self.by_id[worker.id]
             return
+        worker.result = _result(exited, kills, stopped=worker.state == "stopping")
+        worker.state = "ended"
+        worker.ended.set()
         self._audit("exit", worker, worker.result["reason"], f"ended: {worker.result}")
         for name in [other.id for other in self.by_id.values() if other.result][:-_ENDED_KEPT]:
             del self.by_id[name]
@@ -159,40 +156,36 @@ class Workers:
         while True:
             try:
                 with contextlib.suppress(FileNotFoundError):  # it has no cgroup, or no more
-                    kills = await asyncio.wait_for(self.cgroups.end(worker.id), _EMPTY_SECONDS)
-                await self._remove_directory(worker)
+                    kills = await asyncio.wait_for(self._cgroups.end(worker.id), _EMPTY_SECONDS)
+                if worker.id in os.listdir(self._directory("")):
+                    # As the worker, and bounded: root has no right to look into the directory.
+                    await self._run_as(worker, _SWEEP, self._directory(worker.id))
+                    os.rmdir(self._directory(worker.id))
             except (OSError, Refused) as error:  # a TimeoutError is an OSError
                 self._audit("exit", worker, "quarantined", f"cannot be cleared away yet, so its uid rests: {error!r}")
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 return kills
 
-    def _kill(self, worker: Worker) -> None:
-        try:
-            self.cgroups.kill(worker.id)
-        except FileNotFoundError:  # without a cgroup, bwrap's end takes its pid namespace along
-            if worker.pidfd >= 0:
-                launch.signal_as(self._drop(worker), worker.pid, 9)
-
-    async def _remove_directory(self, worker: Worker) -> None:
-        path = self._directory(worker.id)
-        if worker.id not in os.listdir(self._directory("")):
-            return
-        argv = ["/usr/bin/timeout", "-k1", "30", "/bin/sh", "-c", _SWEEP, path]
-        _, pidfd = launch.start(self._drop(worker), argv, {}, sys.stderr.fileno(), [], "")
+    async def _run_as(self, worker: Worker, script: str, *arguments: str) -> None:
+        """Run a shell's command line as the worker's uid: root itself has no right to signal or to look."""
+        argv = ["/bin/sh", "-c", f"exec 2>/dev/null; {script}", "sh", *arguments]
+        _, pidfd = launch.start(worker.uid, self._gid, argv, {}, [2, 2], "")
         await _exit_of(pidfd)
-        os.rmdir(path)
+
+    def _take_uid(self) -> int:
+        for _ in range(len(self.free_uids)):
+            if self.unprivileged or not _is_used(self.free_uids[0]):
+                return self.free_uids.popleft()
+            self.free_uids.rotate(-1)
+        raise Refused("uid_pool_exhausted", "Stop a worker, or widen process.worker_uid_range: no uid is free.")
 
     def _audit(self, kind: str, worker: Worker, result: object, event: str, **peer: object) -> None:
         fields = {"worker": worker.id, "app": worker.app, "uid": worker.uid, "cgroup": worker.cgroup, **peer}
-        self.audit.write(kind, f"Worker {worker.id} of {worker.app} {event}.", result=result, **fields)
+        audit(kind, f"Worker {worker.id} of {worker.app} {event}.", result=result, **fields)
 
     def _directory(self, name: str) -> str:
         return f"{self.config['process.runtime_dir']}/{name}"
-
-    def _drop(self, worker: Worker) -> Callable[[], None]:
-        drop = launch.stay if self.unprivileged else launch.become
-        return functools.partial(drop, worker.uid, self.config["process.worker_gid"])
 
 
 def _has_ended(pidfd: int) -> bool:
@@ -225,12 +218,24 @@ def _result(exited: os.waitid_result | None, kills: int, *, stopped: bool) -> di
     return {"reason": reason, "status": status, "signal": number, "oom_kills": kills}
 
 
-def _about(pid: int, name: str) -> str:
-    return pathlib.Path(f"/proc/{pid}/{name}").read_text("utf-8", "replace")
+def _is_used(uid: int) -> bool:
+    """Tell whether a process of a uid lives. What is dead is harmless, and may wait for its parent for long."""
+    try:
+        os.getpriority(os.PRIO_USER, uid)  # the kernel's word, as a rule: none at all
+    except ProcessLookupError:
+        return False
+    all_of_them = [_about(int(pid), "status") for pid in os.listdir("/proc") if pid.isdigit()]
+    return any(f"\nUid:\t{uid}\t" in text and "\nState:\tZ" not in text for text in all_of_them)
 
 
 def _pids_within(pid: int) -> list[int]:
     """List a process's pids, from ours to the innermost namespace's; none if it is gone."""
+    _, _, numbers = _about(pid, "status").partition("\nNSpid:")
+    return [int(number) for number in numbers.partition("\n")[0].split()]
+
+
+def _about(pid: int, name: str) -> str:
+    """Read a file of /proc; nothing if the process is gone."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return [int(number) for number in _about(pid, "status").split("NSpid:")[1].split("\n")[0].split()]
-    return []
+        return pathlib.Path(f"/proc/{pid}/{name}").read_text("utf-8", "replace")
+    return ""

@@ -1,5 +1,6 @@
 """The catalogue of apps: rows in the database, and the same in memory, because the relay asks at every request."""
 
+import asyncio
 import re
 import time
 import uuid
@@ -10,7 +11,7 @@ from typing import Any
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from blockyard_api.errors import BadRequest, Conflict, NotFound
+from blockyard_api.errors import BadRequest, Conflict, NotFound, Unavailable
 from blockyard_api.identity.tokens import Principal
 from blockyard_api.store.database import Database
 from blockyard_api.store.tables import access, aliases, apps
@@ -18,6 +19,7 @@ from blockyard_spawner import config
 
 NAME = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
 ACCESS_TYPES = ("public", "logged_in", "acl")
+_MOST_MEMORY = 1 << 50  # bytes; what the spawner's protocol can say
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,13 @@ class App:
         return None if self.cpu_limit is None else config.cpu(self.cpu_limit)
 
 
+class SwitchedOff(Unavailable):
+    """The app is disabled."""
+
+    def __init__(self) -> None:
+        super().__init__("app_disabled", "This app is switched off; ask its owner.")
+
+
 def check_name(name: str) -> str:
     """Return a valid name. Raises BadRequest."""
     if not NAME.fullmatch(name):
@@ -66,13 +75,15 @@ def check_name(name: str) -> str:
 
 
 def _check_settings(changes: Mapping[str, Any]) -> None:
+    memory, cpu = changes.get("memory_limit"), changes.get("cpu_limit")
     try:
-        if changes.get("memory_limit") is not None:
-            config.size(changes["memory_limit"])
-        if changes.get("cpu_limit") is not None:
-            config.cpu(changes["cpu_limit"])
+        asked = 0 if memory is None else config.size(memory)
+        if cpu is not None:
+            config.cpu(cpu)
     except ValueError as error:
         raise BadRequest("invalid_limit", f"A limit must be {error}.") from error
+    if asked >= _MOST_MEMORY:
+        raise BadRequest("invalid_limit", "A memory limit must be below 1024t.")
 
 
 class Catalog:
@@ -80,6 +91,7 @@ class Catalog:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._changing = asyncio.Lock()  # what is in memory follows each transaction before the next begins
         self._apps: dict[str, App] = {}
         self._names: dict[str, str] = {}
         self._aliases: dict[str, str] = {}
@@ -114,8 +126,12 @@ class Catalog:
         """Return the app with this id, name or former name."""
         return self._apps.get(reference) or self.named(reference) or self.renamed(reference)
 
+    def with_id(self, app_id: str) -> App | None:
+        """Return the app with this id as it is now."""
+        return self._apps.get(app_id)
+
     def get(self, app_id: str) -> App:
-        """Return the app with this id. Raises NotFound."""
+        """Return the app with this id as it is now. Raises NotFound."""
         if app_id not in self._apps:
             raise NotFound("not_found", "There is no such app; 'by list' names those you may see.")
         return self._apps[app_id]
@@ -142,44 +158,59 @@ class Catalog:
         now = time.time()
         app = App(str(uuid.uuid4()), name, owner, "acl", now, now)
         row = {field.name: getattr(app, field.name) for field in fields(app)}
-        try:
-            async with self._database.begin() as connection:
-                await connection.execute(delete(aliases).where(aliases.c.name == name))
-                await connection.execute(insert(apps).values(**row))
-        except IntegrityError as error:
-            raise _taken(name) from error
-        self._aliases.pop(name, None)
-        return self._keep(app)
+        async with self._changing:
+            self._check_free(name, owner)
+            try:
+                async with self._database.begin() as connection:
+                    await connection.execute(delete(aliases).where(aliases.c.name == name))
+                    await connection.execute(insert(apps).values(**row))
+            except IntegrityError as error:
+                raise _taken(name) from error
+            self._aliases.pop(name, None)
+            return self._keep(app)
+
+    def _check_free(self, name: str, owner: str) -> None:
+        """Refuse the former name of somebody else's app: links to that app would lead to this one."""
+        former = self.renamed(name)
+        if former is not None and former.owner != owner:
+            raise _taken(name)
 
     async def change(self, app: App, changes: Mapping[str, Any]) -> App:
-        """Change settings; a new name leaves the old one as an alias. Raises BadRequest or Conflict."""
+        """Change settings; a new name leaves the old one as an alias. Raises BadRequest, Conflict or NotFound."""
         _check_settings(changes)
-        renames = changes.get("name", app.name) != app.name
-        if renames:
+        if "name" in changes:
             check_name(changes["name"])
-        changed = {**changes, "updated_at": time.time()}
+        async with self._changing:
+            return await self._change(self.get(app.id), {**changes, "updated_at": time.time()})
+
+    async def _change(self, app: App, changed: Mapping[str, Any]) -> App:
+        name = changed.get("name", app.name)
+        if name != app.name:
+            self._check_free(name, app.owner)
         try:
             async with self._database.begin() as connection:
                 await connection.execute(update(apps).where(apps.c.id == app.id).values(**changed))
-                if renames:
-                    await connection.execute(delete(aliases).where(aliases.c.name.in_([app.name, changes["name"]])))
+                if name != app.name:
+                    await connection.execute(delete(aliases).where(aliases.c.name.in_([app.name, name])))
                     await connection.execute(insert(aliases).values(name=app.name, app_id=app.id))
         except IntegrityError as error:
-            raise _taken(str(changes.get("name"))) from error
-        if renames:
+            raise _taken(name) from error
+        if name != app.name:
             del self._names[app.name]
-            self._aliases.pop(changes["name"], None)
+            self._aliases.pop(name, None)
             self._aliases[app.name] = app.id
-        return self._keep(replace(self._apps[app.id], **changed))
+        return self._keep(replace(app, **changed))
 
     async def delete(self, app: App) -> None:
-        """Take an app out of the catalogue; its row and bundles wait to be purged."""
-        async with self._database.begin() as connection:
-            await connection.execute(update(apps).where(apps.c.id == app.id).values(deleted_at=time.time()))
-            await connection.execute(delete(aliases).where(aliases.c.app_id == app.id))
-        self._apps.pop(app.id, None)
-        self._names.pop(app.name, None)
-        self._aliases = {name: target for name, target in self._aliases.items() if target != app.id}
+        """Take an app out of the catalogue; its row and bundles wait to be purged. Raises NotFound."""
+        async with self._changing:
+            app = self.get(app.id)
+            async with self._database.begin() as connection:
+                await connection.execute(update(apps).where(apps.c.id == app.id).values(deleted_at=time.time()))
+                await connection.execute(delete(aliases).where(aliases.c.app_id == app.id))
+            del self._apps[app.id]
+            del self._names[app.name]
+            self._aliases = {name: target for name, target in self._aliases.items() if target != app.id}
 
     async def deleted(self) -> list[App]:
         """Return the apps that wait to be purged, newest first."""

@@ -5,11 +5,11 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from blockyard_api.errors import Unavailable
+from blockyard_api.errors import BlockyardError, Unavailable
 from blockyard_spawner import protocol
 
 _REPLY_WITHIN = 15.0  # seconds: a spawn is answered within milliseconds, a stop within its grace and this
@@ -78,9 +78,14 @@ class _Connection:
         self.sock = sock
         self.waiting: dict[int, asyncio.Future[tuple[dict[str, Any], int | None]]] = {}
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is of no further use."""
+        return self.sock.fileno() < 0
+
     def read(self) -> None:
         """Take one reply; raises OSError, ValueError or Refused when the connection is of no further use."""
-        space = socket.CMSG_SPACE(array.array("i").itemsize)
+        space = socket.CMSG_LEN(array.array("i").itemsize)  # CMSG_SPACE would leave room for two
         packet, ancillary, flags, _ = self.sock.recvmsg(protocol.MAX_PACKET, space, socket.MSG_CMSG_CLOEXEC)
         numbers = array.array("i")
         for level, kind, data in ancillary:
@@ -91,19 +96,21 @@ class _Connection:
             if not packet or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ConnectionResetError("connection closed")
             message = protocol.unpack(packet)
-            waiter = self.waiting.pop(message["seq"], None)
+            seq = message.get("seq")
+            if type(seq) is not int:
+                raise ValueError("a reply without a number")
+            waiter = self.waiting.pop(seq, None)
             if waiter and not waiter.done():
                 waiter.set_result((message, descriptor))
                 descriptor = None
         finally:
-            if descriptor is not None:
-                os.close(descriptor)
+            _close(descriptor)
 
     def fail(self, detail: str) -> None:
-        """Close, and tell everybody who waits."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed already
+        """Close, and tell everybody who waits; once is enough."""
+        if not self.closed:
             asyncio.get_running_loop().remove_reader(self.sock)
-        self.sock.close()
+            self.sock.close()
         for waiter in self.waiting.values():
             if not waiter.done():
                 waiter.set_exception(SpawnerUnreachable(detail))
@@ -118,6 +125,7 @@ class Spawner:
         self._revive = revive
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
+        self._greeting = asyncio.Lock()  # whoever asks how things are costs the spawner one connection at a time
         self._next = 0
 
     async def spawn(self, request: protocol.Spawn, log: int) -> Spawned:
@@ -128,13 +136,19 @@ class Spawner:
         reply, pidfd = await self._call(request, _REPLY_WITHIN, log)
         if pidfd is None:
             raise SpawnerUnreachable("its reply came without a pidfd")
-        return Spawned(request.id, int(reply["uid"]), str(reply["cgroup"]), pidfd)
+        try:
+            with _understanding():
+                return Spawned(request.id, int(reply["uid"]), str(reply["cgroup"]), pidfd)
+        except SpawnerUnreachable:
+            os.close(pidfd)
+            raise
 
     async def stop(self, worker_id: str, grace: float) -> Result:
         """End a worker after `grace` seconds and return how it ended; returns when nothing of it is left."""
         milliseconds = min(round(grace * 1000), protocol.MAX_GRACE_MS)
         reply, _ = await self._call(protocol.Stop(0, worker_id, milliseconds), grace + _REPLY_WITHIN)
-        return _result(reply["result"])
+        with _understanding():
+            return _result(reply["result"])
 
     async def list(self) -> list[Listed]:
         """Name all workers, running and lately ended."""
@@ -142,19 +156,29 @@ class Spawner:
         more = True
         while more:
             reply, _ = await self._call(protocol.List(0, after=found[-1].id if found else None), _REPLY_WITHIN)
-            page = [_listed(record) for record in reply["workers"]]
+            with _understanding():
+                page = [_listed(record) for record in reply["workers"]]
+                more = bool(reply["more"] and page)
             found += page
-            more = bool(reply["more"] and page)
         return found
 
     async def look_up(self, worker_id: str) -> tuple[Listed, int | None]:
-        """Return one worker, and its pidfd if it is alive."""
+        """Return one worker, and its pidfd if it is alive, which is the caller's to close. Raises SpawnerRefused."""
         reply, pidfd = await self._call(protocol.List(0, id=worker_id), _REPLY_WITHIN)
-        return _listed(reply["workers"][0]), pidfd
+        try:
+            with _understanding():
+                return _listed(reply["workers"][0]), pidfd
+        except SpawnerUnreachable:
+            _close(pidfd)
+            raise
 
     async def hello(self) -> Identity:
         """Return what the spawner says about itself now, on a connection made for that: a connection says it once."""
-        connection, identity = await self._open()
+        try:
+            async with asyncio.timeout(_REPLY_WITHIN), self._greeting:
+                connection, identity = await self._open()
+        except TimeoutError as error:
+            raise SpawnerUnreachable(f"no answer within {_REPLY_WITHIN:.0f} s") from error
         connection.fail("done")
         return identity
 
@@ -170,10 +194,9 @@ class Spawner:
         within: float,
         descriptor: int | None = None,
     ) -> tuple[dict[str, Any], int | None]:
-        connection = await self._connected()
         try:
             async with asyncio.timeout(within):
-                return await self._exchange(connection, request, descriptor)
+                return await self._exchange(await self._connected(), request, descriptor)
         except TimeoutError as error:
             raise SpawnerUnreachable(f"no answer within {within:.0f} s") from error
 
@@ -190,23 +213,34 @@ class Spawner:
                 connection.sock.send(packet)
             else:
                 socket.send_fds(connection.sock, [packet], [descriptor])
+        except BlockingIOError as error:  # it has more to do than fits its queue; what others wait for still comes
+            connection.waiting.pop(seq)
+            raise SpawnerUnreachable("it is too busy to take a request") from error
         except OSError as error:
             connection.fail(str(error))
         try:
             message, received = await waiter
+        except BaseException:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:  # it came, but too late
+                _close(waiter.result()[1])
+            raise
         finally:
             connection.waiting.pop(seq, None)
-            if waiter.cancelled():
-                received = None
-        if "error" in message:
-            if received is not None:
-                os.close(received)
-            raise SpawnerRefused(str(message["error"]["code"]), str(message["error"]["message"]))
-        return message["ok"], received
+        try:
+            with _understanding():
+                if "error" in message:
+                    raise SpawnerRefused(str(message["error"]["code"]), str(message["error"]["message"]))
+                answer = message["ok"]
+                if type(answer) is not dict:
+                    raise TypeError("an answer that is no map")
+        except BlockyardError:
+            _close(received)
+            raise
+        return answer, received
 
     async def _connected(self) -> _Connection:
         async with self._connecting:
-            if self._connection is not None and self._connection.sock.fileno() >= 0:
+            if self._connection is not None and not self._connection.closed:
                 return self._connection
             try:
                 return await self._connect()
@@ -233,13 +267,14 @@ class Spawner:
                 connection.read()
             except BlockingIOError:
                 return
-            except (OSError, ValueError, KeyError, protocol.Refused) as error:
+            except (OSError, ValueError, protocol.Refused) as error:
                 connection.fail(str(error))
 
         loop.add_reader(sock, readable)
         async with _closing_on_failure(connection), asyncio.timeout(_REPLY_WITHIN):
             reply, _ = await self._exchange(connection, protocol.Hello(0, protocol.VERSION), None)
-            return connection, _identity(reply)
+            with _understanding():
+                return connection, _identity(reply)
 
 
 @contextlib.asynccontextmanager
@@ -252,6 +287,20 @@ async def _closing_on_failure(connection: _Connection) -> AsyncIterator[None]:
     except BaseException:
         connection.fail("the version exchange failed")
         raise
+
+
+@contextlib.contextmanager
+def _understanding() -> Iterator[None]:
+    """Take a reply that is not of the expected shape for none at all: the spawner is of another version, or ill."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise SpawnerUnreachable("its reply is not one that this version understands") from error
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def _numbered(request: protocol.Request, seq: int) -> protocol.Request:

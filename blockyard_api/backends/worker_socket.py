@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from blockyard_api.relay.gate import UpstreamError
 
 SOCKET_NAME = "app.sock"
+_QUEUE_FULL = 0.02  # seconds until the next try
 
 
 class NotListening(UpstreamError):
@@ -36,7 +37,10 @@ class WorkerSocket:
 
     async def connect(self) -> socket.socket:
         """Return a connected, verified, non-blocking socket. Raises NotListening or Impostor."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            raise NotListening(f"there is no descriptor left to reach the worker: {error.strerror}") from error
         try:
             await self._connect(sock)
         except Impostor as error:
@@ -60,11 +64,25 @@ class WorkerSocket:
             if not stat.S_ISSOCK(os.fstat(node).st_mode):
                 raise Impostor("the worker put something else in its socket's place")
             try:
-                # through the descriptor: the name could be swapped between the check and the connect
-                await asyncio.get_running_loop().sock_connect(sock, f"/proc/self/fd/{node}")
+                await _dial(sock, f"/proc/self/fd/{node}")
             except OSError as error:
                 raise NotListening(f"the worker does not accept connections: {error.strerror}") from error
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         _, uid, _ = struct.unpack("3i", credentials)
         if uid != self.uid:
             raise Impostor(f"the socket belongs to uid {uid}, not to the worker's {self.uid}")
+
+
+async def _dial(sock: socket.socket, path: str) -> None:
+    """Connect by the descriptor's path: the name could be swapped between the check and the connect.
+
+    Waits while the worker's queue is full; the caller's deadline is the bound. Not `loop.sock_connect`: that takes
+    EAGAIN for a connection under way, and hands out a socket without a peer (connect(2)).
+    """
+    while True:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            await asyncio.sleep(_QUEUE_FULL)  # nothing tells when there is room: poll(2) calls the socket writable
+        else:
+            return

@@ -18,12 +18,15 @@ from blockyard_api.bundles.archive import BundleRefused, unpack
 from blockyard_api.clock import rfc3339
 from blockyard_api.errors import BlockyardError, Conflict, NotFound, OutOfSpace, TooLarge
 from blockyard_api.settings import Storage
-from blockyard_api.store.database import Database
+from blockyard_api.store.database import Database, StoreUnavailable
 from blockyard_api.store.tables import bundles, tasks
 from blockyard_api.workers.fleet import Fleet
 
 DELETED_APPS_KEPT = 30 * 86400.0  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNPACKED_AT_ONCE = 4  # processes; further deployments wait
+_SERVED = "The app serves this bundle now."
+_OVERTAKEN = "A later upload is served already; 'by rollback' serves this one."
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,9 @@ class Deployments:
         self._uploads = Path(settings.state_dir) / "uploads"
         self._bundles = Path(settings.state_dir) / "bundles"
         self._changed: dict[str, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unpacking = asyncio.Semaphore(_UNPACKED_AT_ONCE)
+        self._switching = asyncio.Lock()  # so that nothing is pruned while it is being activated
 
     async def receive(self, app: App, body: AsyncIterator[bytes], announced: int | None, by: str) -> tuple[str, str]:
         """Take an upload in and start its deployment; return the ids of bundle and task.
@@ -83,8 +89,14 @@ class Deployments:
             archive.unlink(missing_ok=True)
             raise
         self._changed[task_id] = asyncio.Event()
-        self._group.create_task(self._deploy(app.id, bundle_id, task_id, archive))
+        task = self._group.create_task(self._deploy(app.id, bundle_id, task_id, archive))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return bundle_id, task_id
+
+    def running(self) -> list[asyncio.Task[None]]:
+        """Return the deployments under way; cancelled, they are told as failed at the next start."""
+        return list(self._tasks)
 
     async def _write(self, archive: Path, body: AsyncIterator[bytes]) -> None:
         size = 0
@@ -118,12 +130,12 @@ class Deployments:
         try:
             await self._say(task_id, "Unpacking the bundle.")
             await self._set_status(bundle_id, "building")
-            info = await unpack(archive, self._bundles / bundle_id)
+            async with self._unpacking:
+                info = await unpack(archive, self._bundles / bundle_id)
             await self._say(task_id, f"Unpacked {info.files} files, {info.size} bytes; entry point {info.entry}.")
-            await self._set_status(bundle_id, "ready")
-            await self._activate(self._catalog.get(app_id), bundle_id)
-            await self._prune(app_id)
-            await self._say(task_id, "The app serves this bundle now.", status="completed")
+            async with self._switching:
+                served = await self._finish(app_id, bundle_id)
+            await self._say(task_id, _SERVED if served else _OVERTAKEN, status="completed")
         except (BundleRefused, BlockyardError) as error:  # or the app was deleted meanwhile, or the disk is full
             await self._fail(bundle_id, task_id, error.message)
         except OSError as error:
@@ -138,7 +150,7 @@ class Deployments:
         try:
             await self._set_status(bundle_id, "failed")
             await self._say(task_id, message, status="failed")
-        except OutOfSpace:  # `recover` tells it at the next start
+        except (OutOfSpace, StoreUnavailable):  # `recover` tells it at the next start
             log.exception("deployment of bundle %s failed (%s), and that could not be stored", bundle_id, message)
 
     async def _set_status(self, bundle_id: str, status: str) -> None:
@@ -154,16 +166,31 @@ class Deployments:
             changed, self._changed[task_id] = self._changed[task_id], asyncio.Event()
             changed.set()
 
+    async def _finish(self, app_id: str, bundle_id: str) -> bool:
+        """Let the app serve a bundle that is whole, unless a later upload was faster."""
+        await self._set_status(bundle_id, "ready")
+        app = self._catalog.get(app_id)
+        uploads = [bundle.id for bundle in await self.list(app)]  # newest first
+        overtaken = app.active_bundle in uploads[: uploads.index(bundle_id)]
+        if not overtaken:
+            await self._activate(app, bundle_id)
+        await self._prune(app_id)
+        return not overtaken
+
     async def _activate(self, app: App, bundle_id: str) -> App:
         app = await self._catalog.change(app, {"active_bundle": bundle_id})
         async with self._database.begin() as connection:
             await connection.execute(update(bundles).where(bundles.c.id == bundle_id).values(deployed_at=time.time()))
         self._fleet.settle(app)
-        self._fleet.reconcile(app)
+        self._fleet.reconcile(app.id)
         return app
 
     async def rollback(self, app: App, bundle_id: str | None) -> App:
         """Serve an earlier bundle: the one named, or the last that was served before. Raises NotFound or Conflict."""
+        async with self._switching:
+            return await self._roll_back(self._catalog.get(app.id), bundle_id)
+
+    async def _roll_back(self, app: App, bundle_id: str | None) -> App:
         ready = [bundle for bundle in await self.list(app) if bundle.status == "ready"]
         if bundle_id is None:
             earlier = [bundle for bundle in ready if bundle.deployed_at and bundle.id != app.active_bundle]

@@ -43,6 +43,7 @@ async def _call(*calls: tuple[str, str, str, str, list[str]]) -> list[Any]:
     # 12 MB resident: only a server that has to do with systemd pays for it
     from dbus_next import BusType, Message, MessageType  # noqa: PLC0415
     from dbus_next.aio import MessageBus  # noqa: PLC0415
+    from dbus_next.errors import AuthError, DBusError  # noqa: PLC0415
 
     answers: list[Any] = []
     try:
@@ -64,7 +65,7 @@ async def _call(*calls: tuple[str, str, str, str, list[str]]) -> list[Any]:
                     answers.append(reply.body[0])
             finally:
                 bus.disconnect()
-    except (OSError, TimeoutError) as error:
+    except (OSError, TimeoutError, EOFError, ValueError, AuthError, DBusError) as error:  # a bus that goes or errs
         raise SystemdRefused("systemd_unreachable", f"systemd cannot be reached over D-Bus: {error}") from error
     return answers
 

@@ -41,7 +41,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 def build(services: Services) -> FastAPI:
     """Return the control plane as an ASGI application."""
-    app = FastAPI(title="Blockyard", version=version("blockyard"), docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Blockyard", version=version("blockyard"), docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.services = services
     for router in (account.router, apps.router, bundles.router, system.router):
         app.include_router(router, responses=_ERRORS)
@@ -100,7 +102,7 @@ async def _plain(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _unknown(request: Request, error: Exception) -> JSONResponse:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    log.error("%s %r failed", request.method, request.url.path, exc_info=error)
     return _answer(500, "internal_error", "The server failed; its journal says why ('journalctl -u blockyard-api').")
 
 

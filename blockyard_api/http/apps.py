@@ -105,7 +105,7 @@ async def change(changes: AppChanges, app: OwnApp, provided: Provided, principal
         provided.sessions.drop_where(
             lambda session: session.app_id == app.id and not _still_allowed(provided, changed, session.user_sub)
         )
-    provided.fleet.reconcile(changed)
+    provided.fleet.reconcile(changed.id)
     return _body(provided, changed, principal)
 
 
@@ -151,7 +151,7 @@ async def _switch(app: App, provided: Services, principal: Principal, *, enabled
     provided.fleet.settle(changed)
     if not enabled:
         provided.sessions.drop_where(lambda session: session.app_id == app.id)
-    provided.fleet.reconcile(changed)
+    provided.fleet.reconcile(changed.id)
     return _body(provided, changed, principal)
 
 

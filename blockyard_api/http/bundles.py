@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from blockyard_api.bundles.deploy import Task
 from blockyard_api.clock import rfc3339
@@ -31,7 +32,10 @@ async def upload(request: Request, app: OwnApp, provided: Provided, principal: C
     announced = int(length) if length.isdecimal() and len(length) < 20 else None
     if announced == 0:
         raise BadRequest("empty_body", "Send the bundle, a .tar.gz, as the request's body.")
-    bundle, task = await provided.deployments.receive(app, request.stream(), announced, principal.sub)
+    try:
+        bundle, task = await provided.deployments.receive(app, request.stream(), announced, principal.sub)
+    except ClientDisconnect as error:
+        raise BadRequest("upload_cut_off", "The upload ended before its last byte; send it again.") from error
     return Accepted(bundle_id=bundle, task_id=task)
 
 

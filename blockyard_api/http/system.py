@@ -87,6 +87,8 @@ async def to_app(name: str, request: Request, provided: Provided) -> RedirectRes
     if not NAME.fullmatch(name):
         raise NotFound("not_found", "There is no app at this address.")
     raw = request.scope["raw_path"].decode("latin-1")
+    if not f"{raw}/".startswith(f"/app/{name}/"):  # the name was not written as it is
+        raise NotFound("not_found", "There is no app at this address.")
     rest = raw.removeprefix(f"/app/{name}").removeprefix("/")
     query = request.scope["query_string"].decode("latin-1")
     return RedirectResponse(provided.addresses.url(name) + rest + (f"?{query}" if query else ""), status_code=307)

@@ -65,6 +65,7 @@ class Tokens:
         self._revoked = revoked
         self._known: dict[str, Principal] = {}
         self._seen: dict[str, float] = {}
+        self._revocations = 0
 
     async def authenticate(self, plain: str) -> Principal:
         """Return who a token belongs to. Raises Unauthorized."""
@@ -73,20 +74,26 @@ class Tokens:
         principal = self._known.get(hashed) or await self._look_up(hashed)
         if principal is None or principal.expires_at <= now:
             self._known.pop(hashed, None)
-            raise Unauthorized("invalid_token", "The token is unknown or has expired; run 'by login' with a new one.")
+            raise _unknown()
         if now - self._seen.get(principal.token_id, 0) > _SEEN_EVERY:
             self._seen[principal.token_id] = now
             async with self._database.begin() as connection:
                 await connection.execute(
                     update(tokens).where(tokens.c.id == principal.token_id).values(last_used_at=now)
                 )
+            if hashed not in self._known:  # revoked while that was written
+                raise _unknown()
         return principal
 
     async def _look_up(self, hashed: str) -> Principal | None:
         columns = (users.c.sub, users.c.role, users.c.email, users.c.name, tokens.c.id, tokens.c.expires_at)
         query = select(*columns).join(tokens, users.c.sub == tokens.c.user_sub).where(tokens.c.hash == hashed)
-        async with self._database.begin() as connection:
-            row = (await connection.execute(query)).first()
+        while True:
+            revocations = self._revocations
+            async with self._database.begin() as connection:
+                row = (await connection.execute(query)).first()
+            if revocations == self._revocations:  # else what was read may be the token that is gone since
+                break
         if row is None:
             return None
         principal = Principal(*row)
@@ -131,6 +138,7 @@ class Tokens:
             }
         if token_id is not None and not gone:
             raise NotFound("not_found", "There is no such token of yours; 'by tokens list' names them.")
+        self._revocations += 1
         self._known = {key: value for key, value in self._known.items() if value.token_id not in gone}
         for identifier in gone:
             self._revoked(identifier)
@@ -175,3 +183,7 @@ class Tokens:
                     insert(users).values(sub="admin", name="Administrator", role="admin", created_at=time.time())
                 )
         return await self.create("admin", "bootstrap")
+
+
+def _unknown() -> Unauthorized:
+    return Unauthorized("invalid_token", "The token is unknown or has expired; run 'by login' with a new one.")

@@ -5,7 +5,6 @@ The raw path is never decoded or cleaned: what decides about access is byte for 
 
 import re
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +63,6 @@ class Addresses:
         A browser cannot be made to send another Host than the one it connects to, so that one counts too: the server
         may have more names than the configuration knows.
         """
-        parts = urlsplit(origin.decode("latin-1"))
-        if parts.scheme not in ("http", "https") or parts.path or parts.query or parts.fragment:
-            return False
         written = origin.decode("latin-1").lower()
         own = f"{'https' if secure else 'http'}://{host.decode('latin-1').lower()}"
         return written in (own, self.origin.replace("{app}", app).lower())

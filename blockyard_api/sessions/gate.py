@@ -4,16 +4,17 @@ Access is checked on every request, upgrades included, before a byte reaches a w
 """
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import quote
 
 from blockyard_api import pages
-from blockyard_api.apps.catalog import NAME, App, Catalog
+from blockyard_api.apps.catalog import NAME, App, Catalog, SwitchedOff
 from blockyard_api.errors import BadGateway, BlockyardError, Forbidden, NotFound, TooMany, Unauthorized, Unavailable
 from blockyard_api.identity.tokens import Principal, Tokens
-from blockyard_api.relay.gate import Forward, Header, Reply, RequestHead, UpstreamError, Verdict
+from blockyard_api.relay.gate import Forward, Header, Reply, RequestHead, Verdict
 from blockyard_api.sessions.address import Addresses
 from blockyard_api.sessions.registry import Session, Sessions
 from blockyard_api.workers.fleet import Fleet, Worker
@@ -21,6 +22,8 @@ from blockyard_api.workers.life import State
 
 COOKIE = b"blockyard_route"
 READY_PATH = b"/__blockyard__/ready"
+_ADOPTED_WITHIN = 5.0  # seconds a request waits for this daemon to find its workers again
+_MOST_COOKIES = 8  # of our name in one request: each costs a hash
 _ASSETS = frozenset({b"script", b"style", b"image", b"font", b"audio", b"video", b"track", b"manifest", b"worker"})
 
 
@@ -44,10 +47,8 @@ class AppGate:
         app = self._catalog.named(place.app)
         if app is None:
             former = self._catalog.renamed(place.app)
-            if former is not None and self._catalog.relation(
-                former, None
-            ):  # else a name would tell that an app is there
-                return _redirect(self._addresses.url(former.name).encode() + (place.rest or b"/")[1:])
+            if former is not None and self._catalog.relation(former, None):  # else the name would tell of the app
+                return _redirect(self._addresses.url(former.name).encode() + _below(place.rest, head.target))
             return _refusal(head, NotFound("not_found", "There is no app at this address."))
         if place.rest is None:
             path, mark, query = head.target.partition(b"?")
@@ -58,9 +59,9 @@ class AppGate:
 
     def failed(self, head: RequestHead, forward: Forward, error: Exception) -> Reply:
         """Word the answer for a worker that failed before it answered."""
-        worker = next((w for w in self._fleet.all() if w.socket is forward.upstream), None)
-        if worker is not None and worker.state is State.ACTIVE and not isinstance(error, UpstreamError):
-            return _refusal(head, BadGateway("bad_gateway", "The app gave an answer that is not sound HTTP."))
+        if any(worker.socket is forward.upstream and not worker.over.done() for worker in self._fleet.all()):
+            why = str(error).rstrip(".")
+            return _refusal(head, BadGateway("bad_gateway", f"The app did not answer as it should ({why}); try again."))
         return _refusal(head, BadGateway("worker_gone", "The app stopped while it was to answer; try again."))
 
     async def _authenticated(self, head: RequestHead, app: App, rest: bytes, authorization: bytes) -> Verdict:
@@ -69,7 +70,8 @@ class AppGate:
         if scheme.lower() == b"bearer":
             try:
                 principal = await self._tokens.authenticate(plain.decode("latin-1").strip())
-            except Unauthorized as error:
+                app = self._catalog.get(app.id)
+            except BlockyardError as error:
                 return _refusal(head, error)
         verdict = self._decide(head, app, rest, principal)
         return verdict if isinstance(verdict, Reply | Forward) else await verdict
@@ -80,6 +82,20 @@ class AppGate:
         visit = _Visit(head, app, rest, principal, self._catalog.relation(app, principal))
         if (error := self._objection(visit)) is not None:
             return _refusal(head, error)
+        if not self._fleet.adopted.is_set():
+            return self._after_adoption(visit)
+        return self._route(visit)
+
+    async def _after_adoption(self, visit: "_Visit") -> Verdict:
+        """Let those who come while this daemon starts wait a moment, rather than lose their place."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ADOPTED_WITHIN):
+                await self._fleet.adopted.wait()
+        verdict = self._route(visit)
+        return verdict if isinstance(verdict, Reply | Forward) else await verdict
+
+    def _route(self, visit: "_Visit") -> Verdict | Awaitable[Verdict]:
+        head, app, rest = visit.head, visit.app, visit.rest
         session = self._session(visit)
         if session is not None:
             worker = _serving(session, rest)
@@ -87,11 +103,13 @@ class AppGate:
                 if not head.websocket:
                     worker.touch()
                 return self._forward(visit, worker, session, ())
-        elif (head.get(b"sec-fetch-dest") or b"").lower() in _ASSETS:
+        elif _is_asset(head):
             # a stray asset begins no session: an image on a foreign page must not start workers
             if (active := self._fleet.any_active(app)) is None:
                 return _refusal(head, NotFound("not_found", "Open the app's page first."))
             return self._forward(visit, active, None, ())
+        elif rest == READY_PATH:  # asked by the loading page of a visitor who was given a cookie: it did not come back
+            return _refusal(head, Forbidden("unknown_visit", "Allow cookies for this site, then load the page again."))
         return self._enter(visit, session)
 
     def _objection(self, visit: "_Visit") -> BlockyardError | None:
@@ -106,7 +124,7 @@ class AppGate:
                 "send an access token as 'Authorization: Bearer …'.",
             )
         if not app.enabled:
-            return Unavailable("app_disabled", "This app is switched off; ask its owner.")
+            return SwitchedOff()
         if head.websocket and not self._addresses.same_origin(
             app.name, head.get(b"origin") or b"", head.get(b"host") or b"", secure=head.secure
         ):
@@ -114,13 +132,18 @@ class AppGate:
         return None
 
     def _session(self, visit: "_Visit") -> Session | None:
+        tried = 0
         for name, value in visit.head.headers:
             if name.lower() == b"cookie":
                 for pair in value.split(b";"):
                     key, _, cookie = pair.strip().partition(b"=")
-                    found = key == COOKIE and self._sessions.find(cookie.decode("latin-1"), visit.app, visit.principal)
-                    if found:
+                    if key != COOKIE:
+                        continue
+                    if (found := self._sessions.find(cookie.decode("latin-1"), visit.app, visit.principal)) is not None:
                         return found
+                    tried += 1
+                    if tried == _MOST_COOKIES:
+                        return None
         return None
 
     def _serves(self, worker: Worker, session: Session, visit: "_Visit") -> bool:
@@ -133,23 +156,26 @@ class AppGate:
 
     async def _enter(self, visit: "_Visit", session: Session | None) -> Verdict:
         """Give the visitor a slot, and wait until its worker serves."""
-        head, app = visit.head, visit.app
+        head = visit.head
         cookies: Sequence[Header] = ()
         try:
-            if session is None:
+            visit = self._again(visit)
+            app = visit.app
+            if session is None or session.over:
                 agent = (head.get(b"user-agent") or b"").decode("latin-1")
                 session, value = await self._sessions.begin(app, visit.principal, head.client, agent)
                 cookies = (self._cookie(app, value, secure=head.secure),)
             elif session.worker.state is State.ENDED and not session.worker.wished and _navigates(head):
-                reason = session.worker.end_reason
                 self._sessions.drop(session)  # the next try begins anew
-                return _refusal(head, BadGateway("worker_ended", f"The app was ended: it {reason}."))
+                return _refusal(head, _ending(session.worker))
             elif session.worker.state not in (State.STARTING, State.ACTIVE) or session.key not in session.worker.slots:
                 await self._sessions.move(session, app)
             worker = session.worker
             if not worker.ready.done() and _navigates(head):
                 return self._loading(app, cookies)
             await asyncio.shield(worker.ready)
+            if session.over:  # access was revoked meanwhile
+                return _refusal(head, Unavailable("visit_ended", "Your visit was ended; load the page again.", 1))
         except BlockyardError as error:
             if session is not None and session.worker.state is State.ENDED:
                 self._sessions.drop(session)
@@ -158,8 +184,16 @@ class AppGate:
             return Reply(204, ((b"Cache-Control", b"no-store"), *cookies), b"")
         return self._forward(visit, worker, session, cookies)
 
+    def _again(self, visit: "_Visit") -> "_Visit":
+        """Return the visit with the app as it is now, or raise what has come to stand against it since the decision."""
+        app = self._catalog.get(visit.app.id)
+        visit = replace(visit, app=app, relation=self._catalog.relation(app, visit.principal))
+        if (error := self._objection(visit)) is not None:
+            raise error
+        return visit
+
     def _forward(self, visit: "_Visit", worker: Worker, session: Session | None, cookies: Sequence[Header]) -> Forward:
-        user = session.user_sub if session is not None else None
+        user = visit.principal.sub if visit.principal is not None else None
         return Forward(
             worker.upstream,
             visit.rest,
@@ -193,15 +227,25 @@ class _Visit:
 
 def _serving(session: Session, rest: bytes) -> Worker:
     """Return who serves a path: uploads and downloads belong to the worker whose page is open."""
-    previous = session.previous
-    if (
-        previous is not None
-        and rest.startswith(b"/session/")
-        and session.open_on(previous)
-        and not session.open_on(session.worker)
-    ):
-        return previous
+    if session.earlier and rest.startswith(b"/session/") and not session.open_on(session.worker):
+        return next((worker for worker in reversed(session.earlier) if session.open_on(worker)), session.worker)
     return session.worker
+
+
+def _below(rest: bytes | None, target: bytes) -> bytes:
+    """Return what follows an app's address in a request for it, the query included."""
+    if rest is not None:
+        return rest[1:]
+    _, mark, query = target.partition(b"?")
+    return mark + query
+
+
+def _ending(worker: Worker) -> BlockyardError:
+    """Say to a visitor how his worker ended; what bubblewrap said is for the owner."""
+    failure = worker.ready.exception()
+    if isinstance(failure, BlockyardError):
+        return failure
+    return BadGateway("worker_ended", f"The app was ended: it {worker.end_reason}.")
 
 
 _TITLES = {
@@ -212,6 +256,12 @@ _TITLES = {
     502: "The app stopped",
     503: "Not available right now",
 }
+
+
+def _is_asset(head: RequestHead) -> bool:
+    """Whether a page merely fetches a part of itself; what only claims so gets no more than a part of a page."""
+    asset = (head.get(b"sec-fetch-dest") or b"").lower() in _ASSETS
+    return asset and head.method in (b"GET", b"HEAD") and not head.websocket
 
 
 def _navigates(head: RequestHead) -> bool:

@@ -6,6 +6,7 @@ WebSocket, longer after a WebSocket dropped, so that its owner finds his state a
 
 import asyncio
 import hashlib
+import ipaddress
 import logging
 import secrets
 import time
@@ -13,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import bindparam, func, insert, select, update
+from sqlalchemy import Executable, bindparam, func, insert, select, update
 
 from blockyard_api.apps.catalog import App
 from blockyard_api.errors import OutOfSpace, TooMany
 from blockyard_api.identity.tokens import Principal, digest
 from blockyard_api.settings import Proxy
-from blockyard_api.store.database import Database
+from blockyard_api.store.database import Database, StoreUnavailable
 from blockyard_api.store.tables import sessions as table
 from blockyard_api.workers.fleet import Fleet, Worker
 from blockyard_api.workers.life import State
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """One visitor of one app; `previous` is the worker that still serves what an older page of his has open."""
+    """One visitor of one app; `earlier` are the workers that still serve what older pages of his have open."""
 
     key: str
     app_id: str
@@ -43,7 +44,9 @@ class Session:
     worker: Worker
     created_at: float
     seen_at: float
-    previous: Worker | None = None
+    expires_at: float = float("inf")  # with the token that opened it
+    earlier: list[Worker] = field(default_factory=list)
+    over: bool = False
     requests: int = 0
     sockets: dict[object, tuple[Worker, Callable[[], None]]] = field(default_factory=dict)
     lapse: asyncio.TimerHandle | None = None
@@ -51,6 +54,11 @@ class Session:
     def open_on(self, worker: Worker) -> int:
         """How many WebSockets of this visitor the worker serves."""
         return sum(1 for served_by, _ in self.sockets.values() if served_by is worker)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request other than a WebSocket is under way."""
+        return self.requests > len(self.sockets)
 
     def close_sockets(self) -> None:
         """End all WebSockets at once."""
@@ -93,10 +101,12 @@ class Tracker:
         self._registry.let_lapse(session, dropped=self._socket is not None)
 
     def websocket_opened(self, close: Callable[[], None]) -> None:
-        """Note a WebSocket and how to end it."""
+        """Note a WebSocket and how to end it; at once, if its session was ended while the worker was asked."""
         if self._session is not None:
             self._socket = object()
             self._session.sockets[self._socket] = (self._worker, close)
+            if self._session.over:
+                close()
         self._worker.touch()
 
     def visitor_message(self) -> None:
@@ -125,6 +135,8 @@ class Sessions:
             self._forget(session)
             return None
         session.seen_at = now
+        if principal is not None:
+            session.expires_at = principal.expires_at
         return session
 
     async def begin(self, app: App, principal: Principal | None, client: str, agent: str) -> tuple[Session, str]:
@@ -145,6 +157,7 @@ class Sessions:
             worker,
             now,
             now,
+            principal.expires_at if principal else float("inf"),
         )
         self._sessions[key] = session
         self.let_lapse(session, dropped=False)
@@ -159,30 +172,35 @@ class Sessions:
             "created_at": now,
             "last_seen_at": now,
         }
-        try:
-            async with self._database.begin() as connection:
-                await connection.execute(insert(table).values(**row))
-        except OutOfSpace as error:  # the visitor is served all the same; only a restart would not know him
-            log.warning("a session is not recorded: %s", error.message)
+        await self._record(insert(table).values(**row))
         return session, cookie
 
     async def move(self, session: Session, app: App) -> None:
         """Give a known visitor a slot again: on his worker if that can be, else on another. Raises Unavailable."""
         old = session.worker
         worker = self._fleet.place(app, session.key)
+        self.let_lapse(session, dropped=False)
         if worker is not old:
             session.worker = worker
-            session.previous = old if session.open_on(old) else None
-            if session.previous is None:
+            session.earlier = [other for other in session.earlier if other is not worker]
+            if session.open_on(old):
+                session.earlier.append(old)
+            else:
                 self._fleet.leave(old, session.key)
+            await self._record(
+                update(table).where(table.c.hash == session.key).values(worker_id=worker.id, ended_at=None)
+            )
+
+    async def _record(self, statement: Executable) -> None:
+        try:
             async with self._database.begin() as connection:
-                await connection.execute(
-                    update(table).where(table.c.hash == session.key).values(worker_id=worker.id, ended_at=None)
-                )
-        self.let_lapse(session, dropped=False)
+                await connection.execute(statement)
+        except (OutOfSpace, StoreUnavailable) as error:  # the visitor is served; only a restart would not know him
+            log.warning("a session is not recorded: %s", error.message)
 
     def _spend(self, client: str) -> None:
         now = time.monotonic()
+        client = _neighbourhood(client)
         left, since = self._budgets.get(client, (_BURST, now))
         left = min(_BURST, left + (now - since) * _PER_SECOND)
         if left < 1:
@@ -194,6 +212,8 @@ class Sessions:
 
     def let_lapse(self, session: Session, *, dropped: bool) -> None:
         """Start the time after which the slot is free, unless something of the visitor's is open by then."""
+        if session.over:
+            return
         window = self._settings.ws_cache_ttl if dropped else PAGE_WINDOW
         loop = asyncio.get_running_loop()
         when = loop.time() + window
@@ -205,23 +225,23 @@ class Sessions:
 
     def _lapsed(self, session: Session) -> None:
         session.lapse = None
-        if session.previous is not None and not session.open_on(session.previous):
-            self._fleet.leave(session.previous, session.key)
-            session.previous = None
-        if session.worker.state is State.ENDED:
+        for worker in [worker for worker in session.earlier if not session.open_on(worker)]:
+            session.earlier.remove(worker)
+            self._fleet.leave(worker, session.key)
+        if session.worker.state is State.ENDED and not session.earlier:
             self._forget(session)
-        elif not session.requests and not session.open_on(session.worker):
+        elif not session.busy and not session.open_on(session.worker):
             self._fleet.leave(session.worker, session.key)
 
     def _forget(self, session: Session) -> None:
+        session.over = True
         self._sessions.pop(session.key, None)
         if session.lapse is not None:
             session.lapse.cancel()
             session.lapse = None
         session.close_sockets()
-        self._fleet.leave(session.worker, session.key)
-        if session.previous is not None:
-            self._fleet.leave(session.previous, session.key)
+        for worker in (session.worker, *session.earlier):
+            self._fleet.leave(worker, session.key)
 
     def drop(self, session: Session) -> None:
         """End a session: its WebSockets close, its slot is free, its cookie means nothing any more."""
@@ -259,14 +279,7 @@ class Sessions:
     async def save(self) -> None:
         """Write when each session was last seen, and which are over."""
         now = time.time()
-        expired = now - self._settings.session_idle_ttl
-        self.drop_where(
-            lambda session: (
-                not session.sockets
-                and (session.worker.state is State.ENDED or session.seen_at < expired)
-                and not session.requests
-            )
-        )
+        self._drop_expired(now)
         seen: list[dict[str, Any]] = [
             {"key": session.key, "seen": session.seen_at} for session in self._sessions.values()
         ]
@@ -281,6 +294,18 @@ class Sessions:
                 statement = update(table).where(table.c.hash == bindparam("key"))
                 await connection.execute(statement.values(ended_at=now), over)
 
+    def _drop_expired(self, now: float) -> None:
+        unseen = now - self._settings.session_idle_ttl
+        begun = now - self._settings.session_max_lifetime
+
+        def expired(session: Session) -> bool:
+            if session.expires_at <= now or session.created_at < begun:
+                return True
+            idle = session.worker.state is State.ENDED or session.seen_at < unseen
+            return idle and not session.requests
+
+        self.drop_where(expired)
+
     async def views(self, app: App) -> Views:
         """Count how often an app was opened."""
         recent = func.count().filter(table.c.created_at > time.time() - _RECENT)
@@ -288,3 +313,12 @@ class Sessions:
         async with self._database.begin() as connection:
             total, lately, visitors = (await connection.execute(query)).one()
         return Views(total, lately, visitors)
+
+
+def _neighbourhood(client: str) -> str:
+    """Return the address, or the first half of an IPv6 one: whoever has one of those has all that share it."""
+    try:
+        address = ipaddress.ip_address(client)
+    except ValueError:  # no TCP peer
+        return client
+    return client if address.version == 4 else f"{int(address) >> 64:x}"

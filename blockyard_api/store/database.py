@@ -1,6 +1,7 @@
 """The one way to the database: an asynchronous engine on SQLite (WAL), brought up to date at start."""
 
 import asyncio
+import logging
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,15 +10,22 @@ from typing import Any
 
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from blockyard_api.errors import BlockyardError, OutOfSpace
+from blockyard_api.errors import BlockyardError, OutOfSpace, Unavailable
 
 SCHEMA = "0001"  # head of `migrations`; a test compares
+
+log = logging.getLogger(__name__)
 
 
 class MigrationFailed(BlockyardError):
     """The database could not be brought to this version's schema."""
+
+
+class StoreUnavailable(Unavailable):
+    """The database cannot be used at the moment: it is locked, no descriptor is left to open it, or it is read-only."""
 
 
 class Database:
@@ -30,17 +38,22 @@ class Database:
     async def begin(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction, committed at the end and rolled back on an error.
 
-        Raises OutOfSpace when the disk is full: SQLite then has written nothing.
+        Raises OutOfSpace when the disk is full and StoreUnavailable when the database cannot be used for another
+        reason that passes; nothing was written then.
         """
         try:
             async with self._engine.begin() as connection:
                 yield connection
-        except OperationalError as error:
-            if "disk is full" in str(error.orig) or "disk I/O" in str(error.orig):
+        except (OperationalError, NoConnection) as error:
+            why = str(error.orig) if isinstance(error, OperationalError) else "no connection to it is free"
+            if "disk is full" in why or "disk I/O" in why:
                 raise OutOfSpace(
                     "disk_full", "The server's disk is full; free space in the state directory and try again."
                 ) from error
-            raise
+            log.warning("the database cannot be used: %s", why)
+            raise StoreUnavailable(
+                "database_unavailable", "The server's database cannot be used at the moment; try again.", 5
+            ) from error
 
 
 def _configure(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own connection type

@@ -5,7 +5,9 @@ come between the look and the reservation.
 """
 
 import asyncio
+import contextlib
 import logging
+import math
 import os
 import secrets
 import time
@@ -14,16 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Row, select, update
 from sqlalchemy.dialects.sqlite import insert
 
-from blockyard_api.apps.catalog import App, Catalog
+from blockyard_api.apps.catalog import App, Catalog, SwitchedOff
 from blockyard_api.backends.spawner import Result, Spawner, SpawnerRefused, SpawnerUnreachable
 from blockyard_api.backends.worker_socket import WorkerSocket
 from blockyard_api.errors import OutOfSpace, Unavailable
 from blockyard_api.host.notify import ServiceManager
 from blockyard_api.settings import Settings
-from blockyard_api.store.database import Database
+from blockyard_api.store.database import Database, StoreUnavailable
 from blockyard_api.store.tables import workers as table
 from blockyard_api.workers.life import State, transition
 from blockyard_api.workers.log import Logs, WorkerLog, pump, stamp
@@ -136,31 +138,37 @@ class Fleet:
     def place(self, app: App, key: str) -> Worker:
         """Reserve a slot of an app for a visitor, starting a worker if none is free.
 
-        Raises Unavailable: the app has no bundle, is backing off, or every slot is taken.
+        Raises NotFound or Unavailable: the app is gone, is switched off, has no bundle, is backing off, or is full.
         """
         if not self.adopted.is_set():
             raise SpawnerUnreachable("workers are not adopted yet")
+        app = self._catalog.get(app.id)  # the caller's may be from before a redeploy
+        if not app.enabled:
+            raise SwitchedOff
         worker = self._free(app) or self._launch(app)
-        worker.slots.add(key)
-        worker.idle_since = None
-        worker.touch()
-        self.reconcile(app)
+        self._give(worker, key)
+        self.reconcile(app.id)
         return worker
 
     def hold(self, worker: Worker, key: str) -> bool:
         """Reserve a slot of this very worker again for a visitor who comes back; False if it has none left."""
-        if worker.state not in (State.STARTING, State.ACTIVE, State.DRAINING):
+        if worker.over.done() or worker.state not in (State.STARTING, State.ACTIVE, State.DRAINING):
             return False
         if key not in worker.slots and len(worker.slots) >= worker.capacity:
             return False
+        self._give(worker, key)
+        return True
+
+    def _give(self, worker: Worker, key: str) -> None:
         worker.slots.add(key)
         worker.idle_since = None
         worker.touch()
-        return True
 
     def leave(self, worker: Worker, key: str) -> None:
-        """Free a visitor's slot; a draining worker ends with its last one."""
-        worker.slots.discard(key)
+        """Free a visitor's slot, if he holds one there; a draining worker ends with its last one."""
+        if key not in worker.slots:
+            return
+        worker.slots.remove(key)
         if not worker.slots:
             worker.idle_since = time.time()
             if worker.state is State.DRAINING:
@@ -207,9 +215,12 @@ class Fleet:
 
     # --- how many ------------------------------------------------------------------------------------------------
 
-    def reconcile(self, app: App) -> None:
-        """Bring an app's workers in line with its settings: drain old bundles, keep slots warm."""
-        for worker in list(self.of(app.id)):
+    def reconcile(self, app_id: str) -> None:
+        """Bring an app's workers in line with its present settings: drain old bundles, keep slots warm."""
+        app = self._catalog.with_id(app_id)
+        if app is None or self._closing:
+            return
+        for worker in self.of(app.id):
             worker.capacity = app.max_sessions_per_worker
             if not app.enabled:
                 worker.end("the app was disabled")
@@ -221,9 +232,13 @@ class Fleet:
         pool = self._pools.get(app.id)
         if not app.enabled or app.active_bundle is None or (pool and pool.not_before > time.monotonic()):
             return
-        free = sum(worker.capacity - len(worker.slots) for worker in self._current(app))
+        free = self._free_slots(app)
         while free < app.pre_warmed_sessions and self._room(app):
             free += self._launch(app).capacity
+
+    def _free_slots(self, app: App) -> int:
+        # a capacity that was lowered may be below what is taken
+        return sum(max(0, worker.capacity - len(worker.slots)) for worker in self._current(app))
 
     def settle(self, app: App) -> None:
         """Forget past failures: a new bundle or a person's wish deserves a start at once."""
@@ -235,16 +250,30 @@ class Fleet:
         """End workers that no visitor has used for `idle_worker_timeout`, but for the warm slots an app wants."""
         deadline = time.monotonic() - self._settings.proxy.idle_worker_timeout
         for app in self._catalog.all():
-            free = sum(worker.capacity - len(worker.slots) for worker in self._current(app))
+            unused = {worker.id for worker in self._current(app) if not worker.slots}
+            spare = {worker.id for worker in self._spare(app)}
             for worker in self.of(app.id):
-                if worker.state not in (State.ACTIVE, State.DRAINING) or worker.last_activity > deadline:
-                    continue
-                if not worker.slots:
-                    free -= worker.capacity
-                    if free < app.pre_warmed_sessions:
-                        free += worker.capacity
-                        continue
-                worker.end("idle")
+                abandoned = worker.state in (State.ACTIVE, State.DRAINING) and worker.last_activity <= deadline
+                if abandoned and (worker.id in spare or worker.id not in unused):
+                    worker.end("idle")
+
+    def _spare(self, app: App) -> list[Worker]:
+        """Return the workers without visitors that the app does not want as warm ones, longest unused first."""
+        surplus = self._free_slots(app) - app.pre_warmed_sessions
+        found: list[Worker] = []
+        for worker in sorted(self._current(app), key=lambda worker: worker.last_activity):
+            if worker.state is State.ACTIVE and not worker.slots and worker.capacity <= surplus:
+                surplus -= worker.capacity
+                found.append(worker)
+        return found
+
+    def _make_room(self) -> None:
+        """Let the worker go that has been unused for longest, so that one app's past rush does not lock the others."""
+        if any(worker.over.done() for worker in self._workers.values()):
+            return  # there will be room in a moment
+        spare = [worker for app in self._catalog.all() for worker in self._spare(app)]
+        if spare:
+            min(spare, key=lambda worker: worker.last_activity).end("made room for another app")
 
     def _room(self, app: App) -> bool:
         most = app.max_workers_per_app
@@ -254,12 +283,15 @@ class Fleet:
 
     def _launch(self, app: App) -> Worker:
         pool = self._pools.setdefault(app.id, _Pool())
+        if self._closing:
+            raise Unavailable("stopping", "The server is stopping; try again.", 5)
         if app.active_bundle is None:
             raise Unavailable("no_bundle", "This app has no bundle yet; deploy one with 'by deploy'.")
-        if (wait := pool.not_before - time.monotonic()) > 0:
-            raise StartFailed("start_failed", f"{pool.failure} It is tried again in {wait:.0f} s.", retry_after=wait)
+        if (wait := math.ceil(pool.not_before - time.monotonic())) > 0:
+            raise StartFailed("start_failed", f"{pool.failure} It is tried again in {wait} s.", retry_after=wait)
         if self.count >= self._settings.proxy.max_workers:
-            raise Unavailable("server_full", "The server runs as many workers as it may; try again later.", 10)
+            self._make_room()
+            raise Unavailable("server_full", "The server runs as many workers as it may; try again later.", 5)
         if not self._room(app):
             raise Unavailable("app_full", "All places of this app are taken; it is tried again by itself.", 5)
         loop = asyncio.get_running_loop()
@@ -303,23 +335,24 @@ class Fleet:
     async def _until_gone(
         self, worker: Worker, app: App, adopted: tuple[int, int | None] | None, worker_log: WorkerLog
     ) -> Result:
-        result = Result("unknown")
         try:
-            async with asyncio.TaskGroup() as group:
-                pidfd, read_end = adopted or await self._spawn(worker, app)
-                pump = group.create_task(self._pump(worker, read_end, worker_log)) if read_end is not None else None
-                try:
-                    await self._serve(worker, pidfd)
-                finally:
-                    os.close(pidfd)
-                result = await self._stop(worker)
-                if pump is not None:
-                    await asyncio.wait([pump], timeout=_LAST_WORDS)
-                    pump.cancel()
-        except* (SpawnerRefused, SpawnerUnreachable) as errors:
-            worker.end(next(iter(_leaves(errors))).message)
-        except* OSError as errors:  # no descriptor or no space left for a log pipe
-            worker.end(f"the server could not start it: {next(iter(_leaves(errors)))}")
+            pidfd, read_end = adopted or await self._spawn(worker, app)
+        except (SpawnerRefused, SpawnerUnreachable) as error:
+            worker.end(error.message)
+            return Result("unknown")
+        except OSError as error:  # no descriptor is left for a log pipe
+            worker.end(f"the server could not start it: {error.strerror}")
+            return Result("unknown")
+        async with asyncio.TaskGroup() as group:
+            pump = group.create_task(self._pump(worker, read_end, worker_log)) if read_end is not None else None
+            try:
+                await self._serve(worker, pidfd)
+            finally:
+                os.close(pidfd)
+            result = await self._stop(worker)
+            if pump is not None:
+                await asyncio.wait([pump], timeout=_LAST_WORDS)
+                pump.cancel()
         return result
 
     async def _spawn(self, worker: Worker, app: App) -> tuple[int, int | None]:
@@ -333,19 +366,20 @@ class Fleet:
             limits=protocol.Limits(memory=app.memory_bytes, cpu=app.cpu_thousandths),
             scratch_copy=app.scratch_copy,
         )
-        read_end, write_end = os.pipe2(os.O_CLOEXEC)
-        try:
-            spawned = await self._spawner.spawn(request, write_end)
-        except BaseException:
-            os.close(read_end)
-            raise
-        finally:
-            os.close(write_end)
-        self._know(worker, spawned.uid, spawned.cgroup)
-        self._manager.keep_log(worker.id, read_end)
-        # after the spawn, while R starts: a worker without a row belongs to nobody, and `sweep` ends it
-        await self._record(worker)
-        return spawned.pidfd, read_end
+        with contextlib.ExitStack() as opened:
+            read_end, write_end = os.pipe2(os.O_CLOEXEC)
+            opened.callback(os.close, read_end)
+            try:
+                spawned = await self._spawner.spawn(request, write_end)
+            finally:
+                os.close(write_end)
+            opened.callback(os.close, spawned.pidfd)
+            self._know(worker, spawned.uid, spawned.cgroup)
+            self._manager.keep_log(worker.id, read_end)
+            # after the spawn, while R starts: a worker without a row belongs to nobody, and `sweep` ends it
+            await self._record(worker)
+            opened.pop_all()
+            return spawned.pidfd, read_end
 
     def _know(self, worker: Worker, uid: int, cgroup: str) -> None:
         worker.uid, worker.cgroup = uid, cgroup
@@ -379,18 +413,20 @@ class Fleet:
             loop.remove_reader(pidfd)
 
     async def _becomes_ready(self, worker: Worker) -> bool:
+        """Wait for the app's own answer; one that does not come, or cannot be asked for, is the worker's end."""
+        within = self._settings.proxy.worker_start_timeout
+        probe = asyncio.create_task(answers(worker.upstream, _LOOK_AGAIN))
+        either: list[asyncio.Future[Any]] = [probe, worker.over]
         try:
-            async with asyncio.timeout(self._settings.proxy.worker_start_timeout):
-                probe = asyncio.create_task(answers(worker.upstream, _LOOK_AGAIN))
-                worker.over.add_done_callback(lambda _: probe.cancel())
-                try:
-                    await asyncio.wait([probe])
-                finally:
-                    probe.cancel()
-                return not probe.cancelled() and probe.exception() is None and not worker.over.done()
-        except TimeoutError:
-            worker.end(f"it did not answer within {self._settings.proxy.worker_start_timeout:.0f} s")
-            return False
+            await asyncio.wait(either, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+            if not probe.done():
+                worker.end(f"it did not answer within {within:.0f} s")
+        finally:
+            probe.cancel()
+            await asyncio.wait([probe])
+        if not probe.cancelled() and (error := probe.exception()) is not None:
+            worker.end(f"it could not be asked whether it serves: {error}")
+        return not worker.over.done()
 
     async def _stop(self, worker: Worker) -> Result:
         """Have the spawner end what is left of a worker, through a restart of the spawner if need be."""
@@ -409,7 +445,7 @@ class Fleet:
     async def _finish(self, worker: Worker, app: App, result: Result, worker_log: WorkerLog) -> None:
         started = worker.ready.done()
         worker.end_reason = _sentence(worker, result)
-        if not started and (words := _sandbox_words(await worker_log.tail())):
+        if not started and (words := await _sandbox_words(worker_log)):
             worker.end_reason = f"{worker.end_reason}; {words}"
         worker.ended_at = time.time()
         worker.become(State.ENDED)
@@ -433,8 +469,7 @@ class Fleet:
             )
         await worker_log.append(stamp(f"worker ended: {worker.end_reason}"))
         await self._record(worker)
-        if (current := self._catalog.find(app.id)) is not None:
-            self.reconcile(current)
+        self.reconcile(app.id)
 
     async def _record(self, worker: Worker) -> None:
         row = {
@@ -451,7 +486,7 @@ class Fleet:
         try:
             async with self._database.begin() as connection:
                 await connection.execute(statement)
-        except OutOfSpace as error:  # visitors are served all the same; only a restart would not find this worker
+        except (OutOfSpace, StoreUnavailable) as error:  # visitors are served; only a restart would not find it
             log.warning("worker %s is not recorded: %s", worker.id, error.message)
 
     # --- from outside --------------------------------------------------------------------------------------------
@@ -463,6 +498,8 @@ class Fleet:
             worker.end(why)
         for worker in leaving:
             await worker.ended.wait()
+        if self._catalog.with_id(app.id) is None:
+            self._pools.pop(app.id, None)
 
     def detach(self) -> None:
         """Leave the workers to the next start of this daemon: from now on no end is recorded."""
@@ -471,66 +508,70 @@ class Fleet:
     async def adopt(self, log_pipes: dict[str, int]) -> None:
         """Take over the workers of an earlier run; `log_pipes` are the read ends that systemd kept, by worker.
 
-        Raises SpawnerUnreachable.
+        The caller sets `adopted` once the sessions are taken over, too: before that, a worker's slots look free.
+        Can be tried again after an error. Raises SpawnerUnreachable, SpawnerRefused or StoreUnavailable.
         """
-        running = {entry.id: entry for entry in await self._spawner.list() if entry.state == "running"}
+        running = {entry.id for entry in await self._spawner.list() if entry.state == "running"}
         alive = table.c.status != State.ENDED.value
         async with self._database.begin() as connection:
             rows = (await connection.execute(select(table).where(alive))).all()
-            known = {row.id for row in rows}
-            lost = [row.id for row in rows if row.id not in running or self._catalog.find(row.app_id) is None]
-            for some in _batches(lost, 500):
-                await connection.execute(
-                    update(table)
-                    .where(table.c.id.in_(some))
-                    .values(
-                        status=State.ENDED.value, ended_at=time.time(), end_reason="ended while the server was away"
-                    )
-                )
-        loop = asyncio.get_running_loop()
+        lost = []
         for row in rows:
-            app = self._catalog.find(row.app_id)
-            if row.id in lost or app is None:
+            if row.id in self._workers:  # by an earlier attempt
                 continue
-            entry, pidfd = await self._spawner.look_up(row.id)
-            if pidfd is None:
-                continue  # it ended just now; `sweep` and the next adoption settle it
-            worker = Worker(
-                row.id,
-                row.app_id,
-                row.bundle_id,
-                app.max_sessions_per_worker,
-                app.memory_bytes or self._settings.server.default_memory_limit,
-                loop.create_future(),
-                loop.create_future(),
-                started_at=row.started_at,
-            )
-            if row.status in (State.ACTIVE, State.DRAINING):
-                worker.state = State(row.status)
-                worker.ready.set_result(None)
-            self._know(worker, entry.uid, entry.cgroup)
-            self._enrol(worker)
-            self._start(self._live(worker, app, (pidfd, log_pipes.pop(row.id, None))))
-        for name, descriptor in log_pipes.items():
+            app = self._catalog.with_id(row.app_id)
+            if app is None or row.id not in running or not await self._take_over(row, app, log_pipes):
+                lost.append(row.id)
+        async with self._database.begin() as connection:
+            for some in _batches(lost, 500):
+                ended = {
+                    "status": State.ENDED.value,
+                    "ended_at": time.time(),
+                    "end_reason": "ended while the server was away",
+                }
+                await connection.execute(update(table).where(table.c.id.in_(some)).values(**ended))
+        while log_pipes:
+            name, descriptor = log_pipes.popitem()
             os.close(descriptor)
             self._manager.drop_log(name)
-        self.adopted.set()
-        await self.sweep(known)
 
-    async def sweep(self, known: Iterable[str] = ()) -> None:
-        """End workers that the spawner runs and nobody here knows: their start was cut off by this daemon's death."""
+    async def _take_over(self, row: Row[Any], app: App, log_pipes: dict[str, int]) -> bool:
+        """Go on with a worker of an earlier run; False if it has just ended."""
+        try:
+            entry, pidfd = await self._spawner.look_up(row.id)
+        except SpawnerRefused:
+            return False
+        if pidfd is None:
+            return False
+        loop = asyncio.get_running_loop()
+        worker = Worker(
+            row.id,
+            row.app_id,
+            row.bundle_id,
+            app.max_sessions_per_worker,
+            app.memory_bytes or self._settings.server.default_memory_limit,
+            loop.create_future(),
+            loop.create_future(),
+            started_at=row.started_at,
+        )
+        if row.status in (State.ACTIVE, State.DRAINING):
+            worker.state = State(row.status)
+            worker.ready.set_result(None)
+        self._know(worker, entry.uid, entry.cgroup)
+        self._enrol(worker)
+        self._start(self._live(worker, app, (pidfd, log_pipes.pop(row.id, None))))
+        return True
+
+    async def sweep(self) -> None:
+        """End workers that the spawner runs and nobody here knows: their start was cut off, or this daemon died."""
         for entry in await self._spawner.list():
             if entry.state == "running" and entry.id not in self._workers:
-                log.warning(
-                    "ending worker %s of app %s: it belongs to nobody%s",
-                    entry.id,
-                    entry.app,
-                    " any more" if entry.id in set(known) else "",
-                )
-                await self._spawner.stop(entry.id, 0)
+                log.warning("ending worker %s of app %s: it belongs to nobody", entry.id, entry.app)
+                with contextlib.suppress(SpawnerRefused):  # it ended meanwhile
+                    await self._spawner.stop(entry.id, 0)
 
 
-_WISHED = frozenset({"idle", "stopped", "redeployed", "the app was disabled", "the app was deleted"})
+_WISHED = frozenset({"idle", "made room for another app", "redeployed", "the app was disabled", "the app was deleted"})
 
 
 def _sentence(worker: Worker, result: Result) -> str:
@@ -550,17 +591,13 @@ def _sentence(worker: Worker, result: Result) -> str:
     return "exited while the spawner was away"
 
 
-def _sandbox_words(tail: str) -> str:
+async def _sandbox_words(worker_log: WorkerLog) -> str:
     """Return bubblewrap's own last words, which tell the owner why there was no sandbox to run the app in."""
+    try:
+        tail = await worker_log.tail()
+    except OSError:  # its end is told without them
+        return ""
     return next((line[:200] for line in reversed(tail.splitlines()) if line.startswith("bwrap: ")), "")
-
-
-def _leaves(errors: BaseExceptionGroup[Any]) -> Iterable[Any]:
-    for error in errors.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
 
 
 def _batches(items: list[str], size: int) -> Iterable[list[str]]:

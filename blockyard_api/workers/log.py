@@ -6,7 +6,7 @@ line, the pipe fills, and R hangs.
 
 import asyncio
 import contextlib
-import errno
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +14,8 @@ from pathlib import Path
 
 SEGMENT = 5 << 20  # bytes; a log is at most two of them
 _CHUNK = 65536  # a pipe's capacity
+
+_logger = logging.getLogger(__name__)
 
 
 class WorkerLog:
@@ -25,9 +27,12 @@ class WorkerLog:
         self._base = 0  # position of the first byte in `_path`
         self._changed = asyncio.Event()
         self.closed = False
-        with contextlib.suppress(FileNotFoundError):  # an adopted worker's log goes on where it was
+        self._losing = False
+        with contextlib.suppress(OSError):  # an adopted worker's log goes on where it was
             self._base = self._older.stat().st_size
-        self.end = self._base + (path.stat().st_size if path.exists() else 0)
+        self.end = self._base
+        with contextlib.suppress(OSError):
+            self.end += path.stat().st_size
 
     def _append(self, data: bytes) -> None:
         if self.end - self._base + len(data) > SEGMENT and self._path.exists():
@@ -35,18 +40,20 @@ class WorkerLog:
             self._base = self.end
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.write(descriptor, data)
+            self.end += os.write(descriptor, data)
         finally:
             os.close(descriptor)
-        self.end += len(data)
 
     async def append(self, data: bytes) -> None:
-        """Add bytes and wake the followers; a full disk loses them, since waiting for space would stop the app."""
+        """Add bytes and wake the followers; what cannot be stored is lost, since waiting would stop the app."""
         try:
             await asyncio.to_thread(self._append, data)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+            if not self._losing:
+                _logger.warning("%s loses what its worker writes: %s", self._path, error.strerror)
+            self._losing = True
+        else:
+            self._losing = False
         self._wake()
 
     def close(self) -> None:

@@ -23,7 +23,11 @@ async def _answered(upstream: Upstream) -> bool:
         sock = await upstream.connect()
     except NotListening:
         return False
-    reader, writer = await asyncio.open_unix_connection(sock=sock)
+    try:
+        reader, writer = await asyncio.open_unix_connection(sock=sock)
+    except BaseException:
+        sock.close()
+        raise
     try:
         writer.write(_REQUEST)
         await writer.drain()

@@ -157,6 +157,7 @@ def test_a_uid_that_still_has_a_process_is_passed_over(spawner, client):
         os.setuid(spawner.uids[0])
         signal.pause()
     try:
+        eventually(lambda: child in processes_of(spawner.uids), "the process has the uid")
         assert spawner.run_r(client, "worker0001", WAITING).uid == spawner.uids[1]
     finally:
         os.kill(child, signal.SIGKILL)

@@ -176,7 +176,8 @@ class FakeSpawner:
     def _send(self, connection, message, attached):
         if connection in self._connections:
             packet = message if isinstance(message, bytes) else protocol.reply(**message)
-            socket.send_fds(connection, [packet], [] if attached is None else [attached])
+            with contextlib.suppress(OSError):  # it left without waiting
+                socket.send_fds(connection, [packet], [] if attached is None else [attached])
 
     def release(self):
         """Send what was kept back."""

@@ -29,8 +29,11 @@ class Clock:
         monkeypatch.setattr(time, "monotonic", lambda: monotonic() + self._ahead)
         monkeypatch.setattr(time, "time", lambda: epoch() + self._ahead)
 
-    def advance(self, seconds):
+    async def advance(self, seconds):
+        """Let time pass, and what is due then happen."""
         self._ahead += seconds
+        for _ in range(3):
+            await asyncio.sleep(0)
 
 
 async def until(condition, what="the condition"):
@@ -183,8 +186,8 @@ class Control:
         self.fleet.reconcile(changed.id)
         return changed
 
-    async def change(self, name, **changes):
-        changed = await self.catalog.change(self.catalog.named(name), changes)
+    async def change(self, app_name, **changes):
+        changed = await self.catalog.change(self.catalog.named(app_name), changes)
         self.fleet.reconcile(changed.id)
         return changed
 
@@ -196,8 +199,7 @@ class Control:
         client = f"198.51.{self._clients >> 8 & 255}.{self._clients & 255}"
         verdict = self.gate.admit(head(path, cookie, **{"client": client, **more}))
         if inspect.isawaitable(verdict):
-            async with asyncio.timeout(20):
-                verdict = await verdict
+            verdict = await verdict
         return Answer(verdict, self.gate)
 
     async def visit(self, name="plain", **more):
@@ -218,6 +220,10 @@ class Control:
     async def quiet(self):
         """Wait until no worker is on its way up or down."""
         settled = (State.ACTIVE, State.DRAINING)
-        await until(
-            lambda: all(worker.state in settled and not worker.over.done() for worker in self.fleet.all()), "quiet"
-        )
+
+        def still():
+            workers = self.fleet.all()
+            resting = all(worker.state in settled and not worker.over.done() for worker in workers)
+            return resting and len(self.fleet.lives()) == len(workers)  # what ended has been written down, too
+
+        await until(still, "quiet")

@@ -1,10 +1,13 @@
 """The catalogue: names, aliases, limits, deletion, and who may see what."""
 
+import asyncio
+
 import pytest
 
 from blockyard_api.apps.catalog import Catalog, check_name
-from blockyard_api.errors import BadRequest, Conflict
+from blockyard_api.errors import BadRequest, Conflict, NotFound
 from blockyard_api.identity.tokens import Principal, Tokens
+from blockyard_api.store import tables
 
 OWNER = Principal("admin", "publisher")
 OTHER = Principal("somebody", "viewer")
@@ -62,6 +65,42 @@ async def test_a_new_app_takes_a_name_that_was_only_an_alias(catalog):
     assert catalog.find("hello").id == second.id
 
 
+async def test_nobody_takes_the_former_name_of_somebody_elses_app(catalog, store):
+    async with store.begin() as connection:
+        await connection.execute(tables.users.insert().values(sub="eve", role="publisher", created_at=0))
+    app = await catalog.create("sales", "admin")
+    await catalog.change(app, {"name": "revenue"})
+    hers = await catalog.create("hers", "eve")
+    with pytest.raises(Conflict):
+        await catalog.create("sales", "eve")
+    with pytest.raises(Conflict):
+        await catalog.change(hers, {"name": "sales"})
+    assert catalog.find("sales").id == app.id
+    assert catalog.named("hers").id == hers.id
+
+
+async def test_changes_that_come_at_once_are_made_one_after_the_other(catalog, store):
+    app = await catalog.create("a", "admin")
+    names = [f"a{number}" for number in range(10)]
+    await asyncio.gather(*(catalog.change(app, {"name": name}) for name in names))
+    current = catalog.get(app.id)
+    assert {catalog.find(name).id for name in (*names, "a")} == {app.id}
+    again = Catalog(store)
+    await again.load()
+    assert again.get(app.id) == current
+    assert {again.find(name).id for name in (*names, "a")} == {app.id}
+
+
+async def test_a_change_of_an_app_that_is_deleted_meanwhile_is_not_found(catalog):
+    app = await catalog.create("a", "admin")
+    results = await asyncio.gather(
+        catalog.delete(app), catalog.change(app, {"name": "b"}), catalog.delete(app), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [type(None), NotFound, NotFound]
+    assert catalog.find("a") is None
+    assert catalog.find("b") is None
+
+
 async def test_a_deleted_app_frees_its_name_and_is_remembered_as_deleted(catalog, store):
     app = await catalog.create("hello", "admin")
     await catalog.delete(app)
@@ -72,7 +111,15 @@ async def test_a_deleted_app_frees_its_name_and_is_remembered_as_deleted(catalog
 
 
 @pytest.mark.parametrize(
-    "changes", [{"memory_limit": "-512m"}, {"memory_limit": "512"}, {"cpu_limit": -1}, {"cpu_limit": 0}]
+    "changes",
+    [
+        {"memory_limit": "1024t"},
+        {"memory_limit": "999999999999t"},
+        {"memory_limit": "-512m"},
+        {"memory_limit": "512"},
+        {"cpu_limit": -1},
+        {"cpu_limit": 0},
+    ],
 )
 async def test_a_relative_or_negative_limit_is_refused_and_nothing_changes(catalog, changes):
     app = await catalog.create("hello", "admin")

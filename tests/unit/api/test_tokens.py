@@ -1,6 +1,7 @@
 """Access tokens: shown once, stored as a hash, expiring, revocable, and the way to the first one."""
 
 import asyncio
+import contextlib
 import time
 
 import pytest
@@ -9,6 +10,25 @@ from sqlalchemy import select, text, update
 from blockyard_api.errors import BadRequest, Forbidden, Gone, NotFound, Unauthorized
 from blockyard_api.identity.tokens import DAY, Tokens, digest
 from blockyard_api.store import tables
+
+
+class Paused:
+    """The database, but that a transaction which is about to end waits where a test wants it to."""
+
+    def __init__(self, store):
+        self._store = store
+        self.pausing = False
+        self.reached = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def begin(self):
+        async with self._store.begin() as connection:
+            yield connection
+        if self.pausing:
+            self.pausing = False
+            self.reached.set()
+            await self.go_on.wait()
 
 
 async def admin(store, revoked=lambda _: None):
@@ -87,3 +107,21 @@ async def test_the_bootstrap_token_works_once(store):
         await tokens.bootstrap(offered)
     async with store.begin() as connection:
         assert await connection.scalar(text("SELECT count(*) FROM users")) == 1
+
+
+@pytest.mark.parametrize("used_before", [False, True], ids=["while it is looked up", "while its use is noted"])
+async def test_a_token_that_is_revoked_in_the_middle_of_its_check_is_refused_then_and_ever_after(store, used_before):
+    paused = Paused(store)
+    tokens, plain = await admin(paused)
+    if used_before:
+        await tokens.authenticate(plain)
+        tokens._seen.clear()
+    paused.pausing = True
+    checking = asyncio.create_task(tokens.authenticate(plain))
+    await paused.reached.wait()
+    await tokens.revoke("admin")
+    paused.go_on.set()
+    with pytest.raises(Unauthorized):
+        await checking
+    with pytest.raises(Unauthorized):
+        await tokens.authenticate(plain)

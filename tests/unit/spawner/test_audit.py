@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from blockyard_spawner.audit import MESSAGE_IDS, Audit
+from blockyard_spawner.audit import MESSAGE_IDS, audit
 
 CATALOG = Path(__file__).parents[3] / "systemd/blockyard.catalog"
 
@@ -14,7 +14,7 @@ def entries(capsys):
 
 
 def test_an_entry_has_its_id_and_fields(capsys):
-    Audit().write("spawn", "Worker started.", worker="w1", uid=60000, result="ok", cgroup=None)
+    audit("spawn", "Worker started.", worker="w1", uid=60000, result="ok", cgroup=None)
     assert entries(capsys) == [
         {
             "MESSAGE": "Worker started.",
@@ -29,29 +29,14 @@ def test_an_entry_has_its_id_and_fields(capsys):
 
 
 def test_no_text_of_a_peer_makes_a_second_line_or_moves_the_cursor(capsys):
-    Audit().write("refusal", 'x\n{"MESSAGE": "forged"}\x1b[2J\r\x00\u2028', app="a\nb")
+    audit("refusal", 'x\n{"MESSAGE": "forged"}\x1b[2J\r\x00\u2028', app="a\nb")
     assert [entry["MESSAGE"] for entry in entries(capsys)] == ['x?{"MESSAGE": "forged"}?[2J???']
-
-
-def test_a_flood_of_refusals_is_counted_and_other_entries_are_not_lost(capsys, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    audit = Audit()
-    for _ in range(50):
-        audit.write("refusal", "No.")
-    audit.write("exit", "Ended.")
-    now[0] += 1
-    audit.write("refusal", "No.")
-    audit.write("refusal", "No.")
-    written = entries(capsys)
-    assert len(written) == 20 + 1 + 2
-    assert [entry.get("BLOCKYARD_SUPPRESSED") for entry in written[-3:]] == [None, "30", None]
 
 
 def test_a_stream_that_cannot_be_written_does_not_stop_anything(monkeypatch):
     with Path("/dev/full").open("w", buffering=1) as full:
         monkeypatch.setattr("sys.stderr", full)
-        Audit().write("exit", "Ended.")
+        audit("exit", "Ended.")
         monkeypatch.undo()
         full.buffer.raw.close()
 

@@ -63,13 +63,13 @@ def test_what_is_encoded_is_decoded_the_same(request):
 
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_are_refused_and_nothing_else(packet):
-    assert decoded(packet) in ("malformed", "unknown_operation", "invalid_field", "a request")
+    assert decoded(packet) in ("malformed", "a request")
 
 
 @given(st.dictionaries(st.sampled_from(["op", "seq", "id", "kind", "app", "env", "limits", "data", "grace"]), JUNK))
 def test_arbitrary_values_in_known_fields_are_refused_and_nothing_else(message):
     for operation in ("hello", "spawn", "stop", "list"):
-        assert decoded(msgpack.packb(message | {"op": operation})) in ("malformed", "invalid_field", "a request")
+        assert decoded(msgpack.packb(message | {"op": operation})) in ("malformed", "a request")
 
 
 @given(REQUESTS, st.integers(0, 2000))
@@ -82,34 +82,34 @@ def test_a_packet_that_was_cut_is_refused(request, length):
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({"op": "reboot"}, "unknown_operation"),
-        ({"op": ["spawn"]}, "unknown_operation"),
-        ({"op": None}, "unknown_operation"),
-        ({"uid": 0}, "invalid_field"),
-        ({"id": "Worker0001"}, "invalid_field"),
-        ({"id": "worker0001\n"}, "invalid_field"),
-        ({"id": "short"}, "invalid_field"),
-        ({"app": ""}, "invalid_field"),
-        ({"app": "-x"}, "invalid_field"),
-        ({"app": "a" * 65}, "invalid_field"),
-        ({"bundle": "../x"}, "invalid_field"),
-        ({"scratch_copy": 1}, "invalid_field"),
-        ({"limits": {"pids": True}}, "invalid_field"),
-        ({"limits": {"pids": 0}}, "invalid_field"),
-        ({"limits": {"pids": 1.0}}, "invalid_field"),
-        ({"limits": {"disk": 1}}, "invalid_field"),
-        ({"limits": []}, "invalid_field"),
-        ({"data": ["x"] * 33}, "invalid_field"),
-        ({"data": "x"}, "invalid_field"),
-        ({"env": {"APP_X": 1}}, "invalid_field"),
-        ({"env": {"APP_X": "a\0b"}}, "invalid_field"),
-        ({"env": {"APP_X": "x" * 4097}}, "invalid_field"),
-        ({"env": {f"APP_{number}": "" for number in range(65)}}, "invalid_field"),
-        ({"env": {"app": ""}}, "invalid_field"),
-        ({"network": "bridge"}, "invalid_field"),
-        ({"seq": True}, "invalid_field"),
-        ({"seq": -1}, "invalid_field"),
-        ({"seq": 2**53}, "invalid_field"),
+        ({"op": "reboot"}, "malformed"),
+        ({"op": ["spawn"]}, "malformed"),
+        ({"op": None}, "malformed"),
+        ({"uid": 0}, "malformed"),
+        ({"id": "Worker0001"}, "malformed"),
+        ({"id": "worker0001\n"}, "malformed"),
+        ({"id": "short"}, "malformed"),
+        ({"app": ""}, "malformed"),
+        ({"app": "-x"}, "malformed"),
+        ({"app": "a" * 65}, "malformed"),
+        ({"bundle": "../x"}, "malformed"),
+        ({"scratch_copy": 1}, "malformed"),
+        ({"limits": {"pids": True}}, "malformed"),
+        ({"limits": {"pids": 0}}, "malformed"),
+        ({"limits": {"pids": 1.0}}, "malformed"),
+        ({"limits": {"disk": 1}}, "malformed"),
+        ({"limits": []}, "malformed"),
+        ({"data": ["x"] * 33}, "malformed"),
+        ({"data": "x"}, "malformed"),
+        ({"env": {"APP_X": 1}}, "malformed"),
+        ({"env": {"APP_X": "a\0b"}}, "malformed"),
+        ({"env": {"APP_X": "x" * 4097}}, "malformed"),
+        ({"env": {f"APP_{number}": "" for number in range(65)}}, "malformed"),
+        ({"env": {"app": ""}}, "malformed"),
+        ({"network": "bridge"}, "malformed"),
+        ({"seq": True}, "malformed"),
+        ({"seq": -1}, "malformed"),
+        ({"seq": 2**53}, "malformed"),
     ],
 )
 def test_a_value_out_of_its_bounds_is_refused(change, code):
@@ -122,12 +122,6 @@ def test_a_value_out_of_its_bounds_is_refused(change, code):
 def test_a_field_that_is_needed_and_missing_is_refused(missing):
     with pytest.raises(Refused, match=missing):
         protocol.decode(msgpack.packb({name: value for name, value in MINIMAL.items() if name != missing}))
-
-
-def test_a_refusal_names_the_request_it_answers():
-    with pytest.raises(Refused) as refusal:
-        protocol.decode(msgpack.packb({**MINIMAL, "seq": 7, "uid": 0}))
-    assert refusal.value.seq == 7
 
 
 def test_a_page_of_workers_fits_into_a_packet():

@@ -14,6 +14,7 @@ from running_pair import Server  # noqa: E402 - its place is known only now
 
 PORT = "/dev/virtio-ports/results"
 STATE = Path("/var/lib/blockyard")
+UP_WITHIN = 600  # seconds, under emulation and on a busy machine
 
 
 def send(**message):
@@ -30,7 +31,7 @@ def show():
 @pytest.fixture(scope="session")
 def first_run():
     """What the first `scripts/up` said."""
-    return subprocess.run([CHECKOUT / "scripts" / "up"], capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run([CHECKOUT / "scripts" / "up"], capture_output=True, text=True, timeout=UP_WITHIN, check=False)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from running_pair import wait_for
 
 WORKERS = Path("/sys/fs/cgroup/system.slice/blockyard-workers.service")
 DAEMONS = ("blockyard-spawner.service", "blockyard-api.service")
+ADMINISTRATOR = "keeper"  # a member of blockyard-admin
 STATE_UNITS = (*DAEMONS, "blockyard-workers.service", "blockyard-api.socket", "blockyard-spawner.socket")
 
 
@@ -19,6 +20,12 @@ def run(*command, check=True, timeout=120):
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done
+
+
+def as_user(user, *command):
+    if user == ADMINISTRATOR and run("id", user, check=False).returncode:
+        run("useradd", "--no-create-home", "--groups", "blockyard-admin", user)
+    return run("runuser", "-u", user, "--", *command, check=False)
 
 
 def systemctl(*arguments, check=True):
@@ -70,7 +77,23 @@ def cpu_seconds(worker):
     return int(dict(line.split() for line in knob(worker, "cpu.stat").splitlines())["usage_usec"]) / 1e6
 
 
-def cores_used(worker, seconds):
+def cores_used(worker, seconds, meanwhile):
+    """How many cores a worker has while `meanwhile` is called again and again."""
     before, began = cpu_seconds(worker), time.monotonic()
-    time.sleep(seconds)
-    return (cpu_seconds(worker) - before) / (time.monotonic() - began)
+    while (passed := time.monotonic() - began) < seconds:
+        meanwhile()
+        time.sleep(0.2)
+    return (cpu_seconds(worker) - before) / passed
+
+
+def processes_of(uid):
+    """The pids of a uid's processes."""
+    return run("pgrep", "--uid", str(uid), check=False).stdout.split()
+
+
+def by(server, *arguments):
+    """Start the command line as an operator of this server does, its output in a pipe."""
+    login = {"BLOCKYARD_URL": server.control_url, "BLOCKYARD_TOKEN": server.token}
+    return subprocess.Popen(
+        ["by", *arguments], env={**os.environ, **login}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )

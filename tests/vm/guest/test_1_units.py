@@ -1,17 +1,30 @@
 """The units: installed by `scripts/up`, activated by their sockets, delegated, audited, revived, and locked down."""
 
 import re
-import time
 
 import httpx
 import pytest
-from conftest import CHECKOUT
-from machine import DAEMONS, STATE_UNITS, WORKERS, active, answers, audit, knob, run, systemctl, unit
+from conftest import CHECKOUT, UP_WITHIN
+from machine import (
+    ADMINISTRATOR,
+    DAEMONS,
+    STATE_UNITS,
+    WORKERS,
+    active,
+    answers,
+    as_user,
+    audit,
+    knob,
+    run,
+    systemctl,
+    unit,
+)
 from running_pair import simple_app, wait_for
 
 LIMITS = {"api": 1.5, "spawner": 4.3}  # systemd-analyze's exposure levels; both have been reached
 
 
+@pytest.mark.timeout(UP_WITHIN + 120)
 def test_one_command_leads_to_a_page_and_downloads_nothing(server, first_run):
     assert "apt:" not in first_run.stdout
     assert "virtual environment:" not in first_run.stdout
@@ -22,9 +35,10 @@ def test_one_command_leads_to_a_page_and_downloads_nothing(server, first_run):
     assert "Hello from Blockyard" in page.text
 
 
+@pytest.mark.timeout(UP_WITHIN + 120)
 def test_run_again_it_changes_nothing_that_is_right(server):
     before = [unit(name, "InvocationID") for name in STATE_UNITS]
-    again = run("/srv/checkout/scripts/up", timeout=280)
+    again = run(CHECKOUT / "scripts" / "up", timeout=UP_WITHIN)
     assert [unit(name, "InvocationID") for name in STATE_UNITS] == before
     assert not re.search(r"^    /(usr|etc|opt)", again.stdout, re.MULTILINE), again.stdout
 
@@ -99,35 +113,15 @@ def test_the_journal_queries_in_the_documentation_work(server):
         ("blockyard", "stop", "blockyard-workers.service", False),
         ("blockyard", "restart", "systemd-journald.service", False),
         ("nobody", "restart", "blockyard-spawner.service", False),
-        ("keeper", "restart", "blockyard-spawner.service", True),
-        ("keeper", "restart", "blockyard-api.service", True),
-        ("keeper", "restart", "systemd-journald.service", False),
+        (ADMINISTRATOR, "restart", "blockyard-spawner.service", True),
+        (ADMINISTRATOR, "restart", "blockyard-api.service", True),
+        (ADMINISTRATOR, "restart", "systemd-journald.service", False),
     ],
 )
 def test_polkit_allows_exactly_what_the_rule_names(server, user, verb, target, allowed):
-    if user == "keeper":
-        run("useradd", "--no-create-home", "--groups", "blockyard-admin", "keeper", check=False)
-    asked = run("runuser", "-u", user, "--", "systemctl", "--no-ask-password", verb, target, check=False)
+    asked = as_user(user, "systemctl", "--no-ask-password", verb, target)
     assert (asked.returncode == 0) is allowed, asked.stderr
     answers(server)
-
-
-def test_the_api_revives_a_spawner_that_is_down(server):
-    systemctl("stop", "blockyard-spawner.socket", "blockyard-spawner.service")
-    assert unit("blockyard-spawner.service", "ActiveState") == "inactive"
-    wait_for(lambda: server.http.get("/readyz").status_code == 200, 60, "the spawner's return")
-    assert unit("blockyard-spawner.service", "ActiveState") == "active"
-
-
-def test_stopping_the_workers_unit_ends_every_worker_and_starting_it_lets_them_in_again(server):
-    server.deploy("emergency", simple_app())
-    assert server.visitor().get("/app/emergency/").status_code == 200
-    systemctl("stop", "blockyard-workers.service")
-    wait_for(lambda: not server.workers("emergency"), 60, "the end of all")
-    refused = server.visitor().get("/app/emergency/")
-    assert refused.status_code == 503
-    systemctl("start", "blockyard-workers.service")
-    wait_for(lambda: server.visitor().get("/app/emergency/").status_code == 200, 120, "the app again")
 
 
 def test_the_status_shows_the_units_ceilings_and_use(server):
@@ -171,15 +165,8 @@ def test_a_worker_sees_nothing_of_the_server(server):
     looks = f"list.files({places}, full.names = TRUE)"
     server.deploy("curious", simple_app(ui=f"fluidPage(paste(c('SEEN', {looks}), collapse = '|'))"))
     page = server.visitor().get("/app/curious/").text
-    seen = set(re.search(r"SEEN([^<]*)", page)[1].split("|"))
+    seen = set(re.search(r"SEEN\|([^<]*)", page)[1].split("|"))
     shown = {"/run/worker", "/run/blockyard", "/run/blockyard/launch.R"}
     roots = {f"//{name}" for name in ("app", "bin", "dev", "etc", "lib", "lib64", "opt", "proc", "run", "sbin", "tmp")}
     assert seen >= shown  # it did look
     assert seen <= shown | roots | {"//usr", "//var", "/var/lib/fontconfig"}
-
-
-def test_time_passes_without_a_watchdog_biting(server):
-    before = [unit(name, "NRestarts") for name in DAEMONS]
-    time.sleep(5)
-    assert [unit(name, "NRestarts") for name in DAEMONS] == before
-    assert all(unit(name, "WatchdogTimestampMonotonic") != "0" for name in DAEMONS)

@@ -1,14 +1,55 @@
-"""Sessions outlive both daemons: restarted, killed, each with a visitor in an app."""
+"""A session outlives both daemons: each is restarted and killed while one visitor is in one app."""
 
 import json
 import re
 
 import pytest
-from machine import active, answers, kill_main, r_process, systemctl
-from running_pair import simple_app, wait_for
+from machine import active, answers, audit, kill_main, r_process, systemctl, unit
+from running_pair import read_until_closed, simple_app, wait_for
+from websockets.exceptions import ConnectionClosed
 
-TICKS = "tick <- function() { n <<- n + 1; message('count ', n); later::later(tick, 0.05) }"
-COUNTING = simple_app(f"n <- 0\n{TICKS}\nlater::later(tick, 0.05)")
+COUNTS = """
+n <- 0
+tick <- function() { n <<- n + 1; message('count ', n); later::later(tick, 0.05) }
+later::later(tick, 0.05)
+onStop(function() message('put away'))
+"""
+ECHOES = "function(input, output, session) observe(session$sendCustomMessage('echo', req(input$said)))"
+
+
+class Stay:
+    """One visitor and the worker that serves him."""
+
+    def __init__(self, server, visitor):
+        self.server, self.visitor = server, visitor
+        self.worker = active(server, "kept")[0]["id"]
+        self.process = r_process(self.worker)
+
+    def log(self):
+        parameters = {"worker_id": self.worker, "stream": "false"}
+        return self.server.http.get("/api/v1/apps/kept/logs", params=parameters).text
+
+    def counted(self):
+        return [int(number) for number in re.findall(r"count (\d+)", self.log())]
+
+    def is_unbroken(self):
+        workers = [found["id"] for found in self.server.workers("kept")]
+        return workers == [self.worker] and r_process(self.worker) == self.process
+
+
+@pytest.fixture(scope="module")
+def stay(server):
+    server.deploy("kept", simple_app(COUNTS, server=ECHOES))
+    visitor = server.visitor()
+    assert visitor.get("/app/kept/").status_code == 200
+    return Stay(server, visitor)
+
+
+def say(socket_, word):
+    """Send a word to the app over a session's WebSocket, and wait for its echo."""
+    socket_.send(json.dumps({"method": "update", "data": {"said": word}}))
+    while f'"echo":"{word}"' not in socket_.recv(60):
+        pass
 
 
 def restart(name):
@@ -16,52 +57,40 @@ def restart(name):
 
 
 @pytest.mark.parametrize("how", [restart, kill_main])
-def test_the_spawners_end_does_not_even_close_a_websocket(server, how):
-    server.deploy("calm", simple_app())
-    visitor = server.visitor()
-    with visitor.shiny("calm") as socket_:
-        worker = active(server, "calm")[0]["id"]
-        process = r_process(worker)
+def test_the_spawners_end_does_not_even_close_a_websocket(server, stay, how):
+    api = unit("blockyard-api.service", "MainPID")
+    with stay.visitor.shiny("kept") as socket_:
+        say(socket_, "before")
         how("blockyard-spawner.service")
         answers(server)
-        socket_.send(json.dumps({"method": "update", "data": {"x": 1}}))
-        socket_.ping().wait(30)
-        assert r_process(worker) == process
-    assert visitor.get("/app/calm/").status_code == 200
-    server.http.post("/api/v1/apps/calm/disable")
-    wait_for(lambda: not server.workers("calm"), 60, "the end of a worker that was taken over")
-    server.http.post("/api/v1/apps/calm/enable")
+        say(socket_, "after")
+    assert stay.is_unbroken()
+    assert unit("blockyard-api.service", "MainPID") == api
 
 
 @pytest.mark.parametrize("how", [restart, kill_main])
-def test_after_the_apis_end_a_visitor_is_led_back_to_his_r_process(server, how):
-    server.deploy("kept", simple_app())
-    visitor = server.visitor()
-    with visitor.shiny("kept"):
-        worker = active(server, "kept")[0]["id"]
-        process = r_process(worker)
+def test_after_the_apis_end_a_visitor_is_led_back_to_his_r_process(server, stay, how):
+    spawner = unit("blockyard-spawner.service", "MainPID")
+    with stay.visitor.shiny("kept") as socket_:
         how("blockyard-api.service")
-        assert visitor.get("/app/kept/").status_code == 200  # no connection is refused meanwhile
-        answers(server)
-    assert [found["id"] for found in server.workers("kept", "active")] == [worker]
-    assert r_process(worker) == process
-    server.http.delete("/api/v1/apps/kept")
-
-
-@pytest.mark.parametrize("how", [restart, kill_main])
-def test_no_line_of_a_workers_log_is_lost_over_the_apis_end(server, how):
-    server.deploy("counting", COUNTING)
-    assert server.visitor().get("/app/counting/").status_code == 200
-    worker = active(server, "counting")[0]["id"]
-    how("blockyard-api.service")
+        with pytest.raises(ConnectionClosed):
+            read_until_closed(socket_, 60)
+    with stay.visitor.shiny("kept") as socket_:
+        say(socket_, "again")
     answers(server)
+    assert stay.is_unbroken()
+    assert unit("blockyard-spawner.service", "MainPID") == spawner
 
-    def numbers():
-        log = server.http.get("/api/v1/apps/counting/logs", params={"worker_id": worker, "stream": "false"}).text
-        return [int(number) for number in re.findall(r"count (\d+)", log)]
 
-    reached = numbers()[-1]
-    wait_for(lambda: numbers()[-1] > reached + 20, 60, "twenty more lines")
-    kept = numbers()
+def test_no_line_of_its_log_was_lost_meanwhile(stay):
+    reached = stay.counted()[-1]
+    wait_for(lambda: stay.counted()[-1] > reached + 20, 60, "twenty more lines")
+    kept = stay.counted()
     assert kept == list(range(1, len(kept) + 1))
-    server.http.delete("/api/v1/apps/counting")
+
+
+def test_a_worker_that_was_taken_over_is_asked_to_end_like_any_other(server, stay):
+    assert server.http.post("/api/v1/apps/kept/disable").status_code == 200
+    wait_for(lambda: not server.workers("kept"), 60, "its end")
+    assert "put away" in stay.log()
+    assert audit(worker=stay.worker)[-1]["BLOCKYARD_RESULT"] == "stopped"

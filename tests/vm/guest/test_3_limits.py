@@ -1,7 +1,7 @@
 """Limits that the kernel enforces: a worker that goes beyond harms itself alone, and is told as what it was."""
 
 import pytest
-from machine import DAEMONS, active, audit, cores_used, knob, unit
+from machine import DAEMONS, active, audit, cores_used, knob, processes_of, unit
 from running_pair import read_until_closed, simple_app, wait_for
 from websockets.exceptions import ConnectionClosed
 
@@ -11,13 +11,27 @@ def acts(action):
     return simple_app(server=f"function(input, output, session) {{ later::later(function() {{ {action} }}, 0.5) }}")
 
 
-@pytest.fixture
-def sibling(server):
-    """An app beside, which must go on answering; the fixture's value asks it."""
+@pytest.fixture(scope="module")
+def beside(server):
+    """A visitor of another app."""
     server.deploy("sibling", simple_app())
     visitor = server.visitor()
     assert visitor.get("/app/sibling/").status_code == 200
-    return lambda: visitor.get("/app/sibling/").status_code == 200
+    return visitor
+
+
+@pytest.fixture
+def sibling(beside):
+    """A function that asks the app beside, which must go on answering."""
+
+    def answers():
+        answer = beside.get("/app/sibling/")
+        assert answer.status_code == 200
+        assert "plain page" in answer.text
+
+    answers()
+    yield answers
+    answers()
 
 
 @pytest.fixture(autouse=True)
@@ -30,38 +44,46 @@ def daemons_live_on(server):
 def test_a_memory_hog_is_ended_whole_and_told_as_out_of_memory(server, sibling):
     server.deploy("hog", acts("x <- list(); repeat x <- c(x, list(numeric(1e6)))"), memory_limit="256m")
     visitor = server.visitor()
-    with visitor.shiny("hog") as socket_, pytest.raises(ConnectionClosed):
-        read_until_closed(socket_, 60, each=sibling)
-    ended = wait_for(lambda: [w for w in server.runtime("hog")["workers"] if w["ended_at"]], 60, "its end")[0]
-    assert ended["end_reason"] == "used more than 256 MB of memory"
+
+    def ended():
+        sibling()
+        return [worker for worker in server.runtime("hog")["workers"] if worker["ended_at"]]
+
+    with visitor.shiny("hog") as socket_:
+        (worker,) = wait_for(ended, 120, "its end")
+        with pytest.raises(ConnectionClosed):
+            read_until_closed(socket_, 60)
+    assert worker["end_reason"] == "used more than 256 MB of memory"
     page = visitor.get("/app/hog/", browser=True)
     assert page.status_code == 502
     assert "used more than 256 MB of memory" in page.text
-    last = [entry for entry in audit(app="hog") if entry["BLOCKYARD_WORKER"] == ended["id"]][-1]
-    assert last["BLOCKYARD_RESULT"] == "oom"
-    assert sibling()
+    assert audit(worker=worker["id"])[-1]["BLOCKYARD_RESULT"] == "oom"
 
 
-def test_a_fork_bomb_stops_at_its_process_limit(server, sibling):
+def test_a_fork_bomb_stops_at_its_process_limit_and_ends_with_its_worker(server, sibling):
     server.deploy("bomb", acts("system('b() { b | b & }; b', wait = FALSE)"), memory_limit="1g")
-    visitor = server.visitor()
-    with visitor.shiny("bomb"):
-        worker = active(server, "bomb")[0]["id"]
-        wait_for(lambda: int(knob(worker, "pids.events").split()[1]) > 0, 120, "the limit's first refusal")
-        assert int(knob(worker, "pids.current")) <= 512
-        assert sibling()
+    with server.visitor().shiny("bomb"):
+        (worker,) = active(server, "bomb")
+        uid = audit(worker=worker["id"])[0]["BLOCKYARD_UID"]
+
+        def refused():
+            sibling()
+            return int(knob(worker["id"], "pids.events").split()[1]) > 0
+
+        wait_for(refused, 120, "the limit's first refusal")
+        assert int(knob(worker["id"], "pids.current")) <= 512
+        sibling()
     server.http.post("/api/v1/apps/bomb/disable")
     wait_for(lambda: not server.workers("bomb"), 120, "its end")
-    assert sibling()
+    assert processes_of(uid) == []
 
 
 def test_a_spinner_gets_its_share_of_a_core_and_no_more(server, sibling):
     spins = "for (i in 1:3) system('while :; do :; done', wait = FALSE)"
     server.deploy("spinner", acts(spins), cpu_limit=0.5)
     with server.visitor().shiny("spinner"):
-        worker = active(server, "spinner")[0]["id"]
-        wait_for(lambda: int(knob(worker, "pids.current")) >= 6, 60, "three spinners")
-        assert 0.3 < cores_used(worker, 6) < 0.7
-        assert sibling()
+        (worker,) = active(server, "spinner")
+        wait_for(lambda: int(knob(worker["id"], "pids.current")) >= 6, 60, "three spinners")
+        assert 0.3 < cores_used(worker["id"], 6, meanwhile=sibling) < 0.7
     server.http.post("/api/v1/apps/spinner/disable")
     wait_for(lambda: not server.workers("spinner"), 60, "its end")

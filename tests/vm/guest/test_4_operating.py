@@ -1,0 +1,110 @@
+"""What an operator does with the running server, as docs/operate.md tells, and what visitors notice of it."""
+
+import socket
+import threading
+from contextlib import suppress
+
+import httpx
+from machine import active, answers, by, r_process, run, systemctl, unit
+from running_pair import simple_app, wait_for
+
+PORTS = (8080, 8081)
+REQUEST = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+
+
+def test_no_connection_is_refused_while_the_api_restarts(server):
+    over, answered, refused = threading.Event(), dict.fromkeys(PORTS, 0), []
+
+    def ask(port):
+        while not over.wait(0.05):
+            try:
+                with socket.create_connection(("127.0.0.1", port), 60) as connection:
+                    connection.sendall(REQUEST)
+                    with suppress(ConnectionResetError):  # one that the old process had accepted
+                        answered[port] += bool(connection.recv(1))
+            except ConnectionRefusedError:
+                refused.append(port)
+
+    askers = [threading.Thread(target=ask, args=(port,)) for port in PORTS]
+    for asker in askers:
+        asker.start()
+    try:
+        systemctl("restart", "blockyard-api.service")
+        up = dict(answered)
+        wait_for(lambda: all(answered[port] > up[port] for port in PORTS), 60, "answers of the new process")
+    finally:
+        over.set()
+        for asker in askers:
+            asker.join()
+    assert refused == []
+
+
+def test_a_visitor_is_served_although_the_spawner_was_stopped(server):
+    server.deploy("revived", simple_app())
+    systemctl("stop", "blockyard-spawner.socket", "blockyard-spawner.service")
+    assert unit("blockyard-spawner.service", "ActiveState") == "inactive"
+    assert server.visitor().get("/app/revived/").status_code == 200
+    assert [unit(f"blockyard-spawner.{kind}", "ActiveState") for kind in ("service", "socket")] == ["active"] * 2
+
+
+def test_the_emergency_stop_ends_every_worker_and_its_start_lets_visitors_in_again(server):
+    server.deploy("stopped", simple_app())
+    visitor = server.visitor()
+    with visitor.shiny("stopped"):
+        process = r_process(active(server, "stopped")[0]["id"])
+        systemctl("stop", "blockyard-workers.service")
+        assert run("ps", "--pid", str(process), check=False).returncode == 1
+    wait_for(lambda: not server.workers("stopped"), 60, "the end in the API's view")
+    refused = server.visitor().get("/app/stopped/")
+    assert refused.status_code == 503
+    assert "systemctl start blockyard-workers" in refused.text
+    systemctl("start", "blockyard-workers.service")
+    wait_for(lambda: server.visitor().get("/app/stopped/").status_code == 200, 120, "the app again")
+    assert unit("blockyard-spawner.service", "ActiveState") == "active"
+
+
+def test_logs_are_followed_while_a_visitor_is_there(server):
+    visitor = server.visitor()
+    with visitor.shiny("hello"):
+        worker = next(w for w in active(server, "hello") if any(s["websockets"] for s in w["sessions"]))
+        following = by(server, "logs", "hello", "--follow", "--worker", worker["id"])
+        lines = iter(following.stdout.readline, "")
+        assert any("hello: a session began" in line for line in lines)
+    assert any("hello: a session ended" in line for line in lines)
+    assert following.poll() is None
+    server.http.post("/api/v1/apps/hello/disable")
+    assert any("worker ended" in line for line in lines)
+    assert following.wait(60) == 0
+    server.http.post("/api/v1/apps/hello/enable")
+
+
+def test_a_forgotten_admin_token_is_replaced_as_documented(server):
+    program = "/opt/blockyard/venv/bin/blockyard-api"
+    once = run("runuser", "-u", "blockyard", "--", program, "token", "--bootstrap").stdout.strip()
+    made = server.http.post("/api/v1/bootstrap", json={"token": once})
+    assert made.status_code == 201
+    as_new = httpx.get(
+        f"{server.control_url}/api/v1/users/me", headers={"Authorization": f"Bearer {made.json()['token']}"}, timeout=60
+    )
+    assert as_new.json()["role"] == "admin"
+    assert server.http.post("/api/v1/bootstrap", json={"token": once}).status_code == 410
+    journal = run("journalctl", "--unit=blockyard-api", "--quiet").stdout
+    assert once not in journal
+    assert made.json()["token"] not in journal
+
+
+def test_a_wrong_configuration_is_told_in_one_sentence_and_not_tried_again(server):
+    drop_in = "/run/systemd/system/blockyard-spawner.service.d"
+    run("mkdir", "-p", drop_in)
+    run("sh", "-c", f"printf '[Service]\\nEnvironment=BLOCKYARD_PROCESS_PIDS_LIMIT=many\\n' >{drop_in}/wrong.conf")
+    systemctl("daemon-reload")
+    assert systemctl("restart", "blockyard-spawner.service", check=False).returncode != 0
+    wait_for(lambda: unit("blockyard-spawner.service", "ActiveState") == "failed", 60, "its giving up")
+    assert unit("blockyard-spawner.service", "ExecMainStatus") == "2"
+    last = run("journalctl", "--unit=blockyard-spawner", "--quiet", "--lines=20", "--output=cat").stdout
+    assert "PIDS_LIMIT" in last.upper()
+    run("rm", "-r", drop_in)
+    systemctl("daemon-reload")
+    systemctl("reset-failed", "blockyard-spawner.service", "blockyard-spawner.socket")
+    systemctl("restart", "blockyard-spawner.socket", "blockyard-spawner.service")
+    answers(server)
