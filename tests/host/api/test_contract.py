@@ -4,9 +4,12 @@ import datetime as dt
 import gzip
 import io
 import json
+import os
 import random
+import signal
 import tarfile
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -217,7 +220,11 @@ def test_a_daemon_killed_in_the_middle_of_a_deployment_leaves_nothing_half_made(
     pair.http.post("/api/v1/apps", json={"name": "cut"})
     files = {"app.R": "shinyApp(1, 2)"} | {f"f{number}": "x" for number in range(8000)}
     task = pair.http.post("/api/v1/apps/cut/bundles", content=archive(files)).json()["task_id"]
+    children = Path(f"/proc/{pair.api.pid}/task/{pair.api.pid}/children")
+    unpacking = int(wait_for(lambda: children.read_text().split(), what="the process that unpacks")[0])
+    os.kill(unpacking, signal.SIGSTOP)  # so that it is in the middle, however busy the machine
     pair.kill("api")
+    os.kill(unpacking, signal.SIGKILL)
     pair.start_api()
     assert pair.http.get(f"/api/v1/tasks/{task}").json()["status"] == "failed"
     assert "restarted" in pair.http.get(f"/api/v1/tasks/{task}/logs").text
