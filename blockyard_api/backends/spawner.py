@@ -12,6 +12,7 @@ from typing import Any
 from blockyard_api.errors import BlockyardError, Unavailable
 from blockyard_spawner import protocol
 
+_LISTENS_WITHIN = 30  # tenths of a second after it was revived
 _REPLY_WITHIN = 15.0  # seconds: a spawn is answered within milliseconds, a stop within its grace and this
 
 
@@ -118,9 +119,9 @@ class _Connection:
 
 
 class Spawner:
-    """One spawner. `revive` is asked once a failed connection to start it again (systemd), before the second try."""
+    """One spawner. `revive` is asked once a failed connection to start it again; it tells whether that is under way."""
 
-    def __init__(self, path: str, revive: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, path: str, revive: Callable[[], Awaitable[bool]]) -> None:
         self._path = path
         self._revive = revive
         self._connection: _Connection | None = None
@@ -245,8 +246,13 @@ class Spawner:
             try:
                 return await self._connect()
             except SpawnerUnreachable:
-                await self._revive()
-                return await self._connect()
+                if not await self._revive():
+                    raise
+            for _ in range(_LISTENS_WITHIN):  # systemd has accepted to start it, which is not to have started it
+                with contextlib.suppress(SpawnerUnreachable):
+                    return await self._connect()
+                await asyncio.sleep(0.1)
+            return await self._connect()
 
     async def _connect(self) -> _Connection:
         self._connection, _ = await self._open()

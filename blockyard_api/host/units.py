@@ -76,14 +76,16 @@ async def start(unit: str) -> None:
     await _call(("/org/freedesktop/systemd1", manager, "StartUnit", "ss", [unit, "replace"]))
 
 
-async def revive_spawner() -> None:
-    """Start the spawner where there is systemd; a refusal is logged, since the next attempt to connect tells."""
+async def revive_spawner() -> bool:
+    """Have systemd start the spawner, and return whether it is going to; a refusal is logged."""
     if not await asyncio.to_thread(_BUS.exists):
-        return
+        return False
     try:
         await start(SPAWNER)
     except SystemdRefused as error:
         log.warning("%s was not started: %s", SPAWNER, error.message)
+        return False
+    return True
 
 
 async def workers_unit() -> WorkersUnit | None:

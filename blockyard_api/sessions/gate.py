@@ -6,8 +6,10 @@ Access is checked on every request, upgrades included, before a byte reaches a w
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from urllib.parse import quote
 
 from blockyard_api import pages
@@ -23,6 +25,7 @@ from blockyard_api.workers.life import State
 COOKIE = b"blockyard_route"
 READY_PATH = b"/__blockyard__/ready"
 _ADOPTED_WITHIN = 5.0  # seconds a request waits for this daemon to find its workers again
+_ROUTE = re.compile(rb"(?:^|;)[ \t]*%b=([^; \t]*)" % COOKIE)
 _MOST_COOKIES = 8  # of our name in one request: each costs a hash
 _ASSETS = frozenset({b"script", b"style", b"image", b"font", b"audio", b"video", b"track", b"manifest", b"worker"})
 
@@ -132,18 +135,11 @@ class AppGate:
         return None
 
     def _session(self, visit: "_Visit") -> Session | None:
-        tried = 0
-        for name, value in visit.head.headers:
-            if name.lower() == b"cookie":
-                for pair in value.split(b";"):
-                    key, _, cookie = pair.strip().partition(b"=")
-                    if key != COOKIE:
-                        continue
-                    if (found := self._sessions.find(cookie.decode("latin-1"), visit.app, visit.principal)) is not None:
-                        return found
-                    tried += 1
-                    if tried == _MOST_COOKIES:
-                        return None
+        sent = (value for name, value in visit.head.headers if name.lower() == b"cookie")
+        named = (match[1] for value in sent for match in _ROUTE.finditer(value))
+        for cookie in islice(named, _MOST_COOKIES):
+            if (found := self._sessions.find(cookie.decode("latin-1"), visit.app, visit.principal)) is not None:
+                return found
         return None
 
     def _serves(self, worker: Worker, session: Session, visit: "_Visit") -> bool:

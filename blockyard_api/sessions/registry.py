@@ -50,6 +50,7 @@ class Session:
     requests: int = 0
     sockets: dict[object, tuple[Worker, Callable[[], None]]] = field(default_factory=dict)
     lapse: asyncio.TimerHandle | None = None
+    lapses_at: float = 0.0  # by the loop's clock
 
     def open_on(self, worker: Worker) -> int:
         """How many WebSockets of this visitor the worker serves."""
@@ -216,15 +217,18 @@ class Sessions:
             return
         window = self._settings.ws_cache_ttl if dropped else PAGE_WINDOW
         loop = asyncio.get_running_loop()
-        when = loop.time() + window
-        if session.lapse is not None:
-            if session.lapse.when() >= when and not session.lapse.cancelled():
-                return
-            session.lapse.cancel()
-        session.lapse = loop.call_at(when, self._lapsed, session)
+        session.lapses_at = max(session.lapses_at, loop.time() + window)
+        if (
+            session.lapse is None
+        ):  # else it looks again when it fires: a timer a request would be the dearest part of it
+            session.lapse = loop.call_at(session.lapses_at, self._lapsed, session)
 
     def _lapsed(self, session: Session) -> None:
+        loop = asyncio.get_running_loop()
         session.lapse = None
+        if loop.time() < session.lapses_at:
+            session.lapse = loop.call_at(session.lapses_at, self._lapsed, session)
+            return
         for worker in [worker for worker in session.earlier if not session.open_on(worker)]:
             session.earlier.remove(worker)
             self._fleet.leave(worker, session.key)

@@ -1,0 +1,115 @@
+"""Deployments: what is served is what was uploaded last, and nothing of a failed or cut-off upload stays."""
+
+import asyncio
+import io
+import tarfile
+
+import pytest
+
+from blockyard_api.bundles import deploy
+
+
+def archive(files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, text in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    return buffer.getvalue()
+
+
+APP = {"app.R": "shinyApp(1, 2)"}
+
+
+async def stream(*chunks):
+    for chunk in chunks:
+        yield chunk
+
+
+async def cut_off(chunk):
+    yield chunk
+    raise ConnectionResetError
+
+
+async def upload(control, app, files=None):
+    body = stream(archive(files or APP))
+    return await control.services.deployments.receive(app, body, None, "admin")
+
+
+async def over(control, task_id):
+    async for _ in control.services.deployments.follow(task_id):
+        pass
+    return await control.services.deployments.task(task_id)
+
+
+@pytest.fixture
+async def app(control):
+    return await control.catalog.create("plain", "admin")
+
+
+async def test_the_later_of_two_uploads_is_served_however_long_the_earlier_one_takes(control, app):
+    large, first = await upload(control, app, APP | {f"f{number}": "x" for number in range(2000)})
+    small, second = await upload(control, app)
+    tasks = [await over(control, task) for task in (second, first)]
+    assert [task.status for task in tasks] == ["completed", "completed"]
+    assert control.catalog.get(app.id).active_bundle == small
+    assert "later upload" in tasks[1].log
+    rolled_back = await control.services.deployments.rollback(app, large)
+    assert rolled_back.active_bundle == large
+
+
+async def test_many_uploads_at_once_are_unpacked_a_few_at_a_time(control, app, monkeypatch):
+    unpacking = most = 0
+    unpack = deploy.unpack
+
+    async def counted(*arguments):
+        nonlocal unpacking, most
+        unpacking += 1
+        most = max(most, unpacking)
+        try:
+            return await unpack(*arguments)
+        finally:
+            unpacking -= 1
+
+    monkeypatch.setattr(deploy, "unpack", counted)
+    uploads = [await upload(control, app) for _ in range(8)]
+    assert {(await over(control, task)).status for _, task in uploads} == {"completed"}
+    assert 1 <= most <= 4
+    assert control.catalog.get(app.id).active_bundle == uploads[-1][0]
+
+
+async def test_an_upload_that_is_cut_off_leaves_nothing(control, app):
+    with pytest.raises(ConnectionResetError):
+        await control.services.deployments.receive(app, cut_off(b"\x1f\x8b"), None, "admin")
+    assert not list((control.state / "uploads").iterdir())
+    assert await control.services.deployments.list(app) == []
+
+
+async def test_an_app_deleted_during_its_deployment_fails_it_and_leaves_nothing(control, app):
+    _, task = await upload(control, app)
+    await control.catalog.delete(app)
+    assert (await over(control, task)).status == "failed"
+    assert not list((control.state / "bundles").iterdir())
+    assert control.alive
+
+
+async def test_a_database_that_fails_during_a_deployment_does_not_end_the_daemon(control, app):
+    await upload(control, app)
+    async with control.services.database.begin() as connection:
+        await connection.exec_driver_sql("ALTER TABLE bundles RENAME TO elsewhere")
+    await asyncio.wait(control.services.deployments.running())
+    assert control.alive
+    assert not list((control.state / "uploads").iterdir())
+
+
+async def test_the_daemon_ends_without_waiting_for_a_deployment_which_is_told_as_failed(start):
+    control = await start()
+    app = await control.catalog.create("plain", "admin")
+    bundle, task = await upload(control, app, APP | {f"f{number}": "x" for number in range(2000)})
+    await control.stop_daemon()
+    await control.start_daemon()
+    assert (await control.services.deployments.task(task)).status == "failed"
+    assert control.catalog.get(app.id).active_bundle is None
+    assert bundle not in {path.name for path in (control.state / "bundles").iterdir()}
+    assert not list((control.state / "uploads").iterdir())

@@ -1,0 +1,171 @@
+"""The control plane as an ASGI application: whatever is sent, the answer has the contract's shape and no traceback."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from running_control import Control, until
+
+HOSTILE = [
+    "", ".", "..", "../..", "%00", "\0", "a\nb", "\r\nX: y", "'; DROP TABLE apps; --", '"><script>', "{{7*7}}", "${x}",
+    "--bind", "-1", "0", "99999999999999999999", "1e999", "NaN", "true", "null", "plain", "\ud800", "\U0001f600",
+    "a" * 300, "ä" * 70, "\\", "//", "%2e%2e%2f", "by_", "admin",
+]  # fmt: skip
+LIKELY = [
+    "name", "title", "description", "access_type", "max_workers_per_app", "max_sessions_per_worker", "memory_limit",
+    "cpu_limit", "pre_warmed_sessions", "network", "scratch_copy", "refresh_schedule", "bundle_id", "token",
+    "expires_in_days", "enabled", "owner", "id",
+]  # fmt: skip
+STRANGE = st.sampled_from(HOSTILE) | st.text(max_size=40)
+VALUES = st.recursive(
+    STRANGE
+    | st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["1024t", "999999999999t", "acl"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(STRANGE, inner, max_size=3),
+    max_leaves=6,
+)
+BODIES = st.one_of(
+    st.binary(max_size=200),
+    (VALUES | st.dictionaries(st.sampled_from(LIKELY) | STRANGE, VALUES, max_size=4)).map(json.dumps).map(str.encode),
+    st.just(b"[" * 100_000),
+    st.just(b'{"max_workers_per_app": ' + b"9" * 5000 + b"}"),
+    st.just(b'\xff\xfe{"name": "x"}'),
+)  # fmt: skip
+TYPES = st.sampled_from(
+    ["application/json", "text/plain", "multipart/form-data; boundary=x", "application/gzip", "\xff", ""]
+)
+
+
+def quoted(text):
+    """Percent-encode as a client that sends anything does."""
+    return "".join(f"%{byte:02x}" for byte in text.encode("utf-8", "surrogatepass"))
+
+
+async def in_shape(answer):
+    assert answer.status_code < 500 or answer.status_code in (503, 507), answer.text
+    assert "Traceback" not in answer.text
+    if answer.status_code >= 400:
+        assert set(answer.json()) == {"error", "message"}, answer.text
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.timeout(300)
+def test_whatever_is_sent_to_whatever_route_is_answered_in_the_contracts_shape(template):
+    with asyncio.Runner() as runner:
+        control = Control(template)
+        runner.run(control.start())
+        client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(control.asgi), base_url="http://test", follow_redirects=False
+        )
+
+        async def prepare():
+            await control.app()
+            document = (await client.get("/openapi.json")).json()
+            _, plain = await control.services.tokens.create("admin", "sweep")
+            routes = [(method, path) for path, methods in document["paths"].items() for method in sorted(methods)]
+            return sorted(routes), plain
+
+        routes, plain = runner.run(prepare())
+        assert len(routes) > 20
+
+        @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(st.sampled_from(routes), st.data())
+        def sweep(route, data):
+            method, path = route
+            while "{" in path:
+                before, _, rest = path.partition("{")
+                path = before + quoted(data.draw(STRANGE)) + rest.partition("}")[2]
+            names = ["search", "tag", "deleted", "page", "per_page", "worker_id", "stream"]
+            query = data.draw(st.dictionaries(st.sampled_from(names) | STRANGE, STRANGE, max_size=3)) | {
+                "stream": "false"
+            }
+            url = f"{path}?" + "&".join(f"{quoted(name)}={quoted(value)}" for name, value in query.items())
+            # revoking all of one's tokens would end the sweep
+            token = "by_wrong" if route == ("delete", "/api/v1/users/me/tokens") else plain
+            headers = {"Authorization": f"Bearer {token}", "Content-Type": data.draw(TYPES).encode("latin-1")}
+
+            async def send():
+                answer = await client.request(method, url, content=data.draw(BODIES), headers=headers)
+                await in_shape(answer)
+                await until(lambda: control.alive)
+
+            runner.run(send())
+
+        try:
+            sweep()
+        finally:
+            runner.run(client.aclose())
+            runner.run(control.close())
+
+
+@pytest.fixture
+async def client(control):
+    transport = httpx.ASGITransport(control.asgi)
+    _, plain = await control.services.tokens.create("admin", "test")
+    headers = {"Authorization": f"Bearer {plain}"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("path", ["/healthz/", "/api/v1/apps/", "/api/v1/users/me/", "//evil.example/"])
+async def test_an_address_with_one_slash_too_many_is_404_and_no_redirect_to_whatever_host_was_sent(client, path):
+    answer = await client.get(path, headers={"Host": "evil.example"})
+    assert answer.status_code == 404
+    await in_shape(answer)
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/app/plain", ""),
+        ("/app/plain/", ""),
+        ("/app/plain/a%2Fb?x=%0d%0a", "a%2Fb?x=%0d%0a"),
+        ("/app/plain//evil.example/", "/evil.example/"),
+        ("/app/plain/@evil.example/", "@evil.example/"),
+        ("/app/plain/%5c%5cevil.example", "%5c%5cevil.example"),
+        ("/app/plain/..%2f..%2f", "..%2f..%2f"),
+        ("/app/plain/?next=//evil.example", "?next=//evil.example"),
+    ],
+)
+async def test_the_way_to_an_app_leads_to_that_app_on_the_apps_origin_and_nowhere_else(client, path, meant):
+    answer = await client.get(path, headers={"Host": "evil.example", "X-Forwarded-Host": "evil.example"})
+    assert answer.status_code == 307
+    location = answer.headers["location"]
+    assert location.startswith("http://127.0.0.1:8081/app/plain/")
+    assert location.lower() == f"http://127.0.0.1:8081/app/plain/{meant}".lower()
+
+
+@pytest.mark.parametrize(
+    "path", ["/app/%70lain/x", "/app/PLAIN/", "/app//evil.example/", "/app/plain%2fx/", "/app/a.b/"]
+)
+async def test_a_name_that_is_not_written_as_it_is_leads_nowhere(client, path):
+    answer = await client.get(path)
+    assert answer.status_code == 404
+    await in_shape(answer)
+
+
+async def test_an_upload_whose_sender_goes_away_is_no_failure_of_the_server(control, client):
+    await control.app()
+    answered = []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        answered.append(message)
+
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/api/v1/apps/plain/bundles", "raw_path": b"/api/v1/apps/plain/bundles", "query_string": b"",
+        "headers": [(b"authorization", client.headers["Authorization"].encode()), (b"content-length", b"10")],
+    }  # fmt: skip
+    await control.asgi(scope, receive, send)
+    assert answered[0]["status"] == 400
+    assert not list((control.state / "uploads").iterdir())
