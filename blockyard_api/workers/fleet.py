@@ -338,7 +338,7 @@ class Fleet:
         try:
             pidfd, read_end = adopted or await self._spawn(worker, app)
         except (SpawnerRefused, SpawnerUnreachable) as error:
-            worker.end(error.message)
+            worker.end(error.message.rstrip("."))  # it goes into sentences that end by themselves
             return Result("unknown")
         except OSError as error:  # no descriptor is left for a log pipe
             worker.end(f"the server could not start it: {error.strerror}")
