@@ -383,6 +383,7 @@ async def test_the_sandboxs_own_words_are_for_the_owner_and_not_for_visitors(con
 
 async def test_a_hostile_title_is_inert_in_the_loading_page(control):
     await control.app(title="</title><script>alert(1)</script>{{7*7}}'\"")
+    control.spawner.serves = False
     page = (await control.ask("/app/plain/", html=True)).text
     assert "<script>alert" not in page
     assert "{{7*7}}" in page
