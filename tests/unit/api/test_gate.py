@@ -225,6 +225,7 @@ async def test_what_a_database_cannot_keep_costs_no_visitor_his_page(control):
         await connection.exec_driver_sql("ALTER TABLE workers RENAME TO elsewhere_too")
     cookie = (await control.visit()).cookie
     assert (await control.ask("/app/plain/", cookie)).end().forwarded
+    control.spawner.serves = False
     await control.deploy("plain")
     assert (await control.ask("/app/plain/", cookie, html=True)).status == 202
     assert control.alive
