@@ -319,7 +319,7 @@ class Pool:
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
                 self.free_place()
-            else:
+            elif place in self._waiting:  # else `free_place` has passed over it already
                 self._waiting.remove(place)
             raise
 
