@@ -10,7 +10,7 @@ import pytest
 CHECKOUT = Path(__file__).parents[3]
 sys.path.insert(0, str(CHECKOUT / "tests" / "host" / "api"))
 
-from running_pair import Server  # noqa: E402 - its place is known only now
+from running_pair import Server, simple_app  # noqa: E402 - its place is known only now
 
 PORT = "/dev/virtio-ports/results"
 STATE = Path("/var/lib/blockyard")
@@ -41,11 +41,24 @@ def server(first_run):
     return Server("http://127.0.0.1:8080", "http://127.0.0.1:8081", token)
 
 
+@pytest.fixture(scope="session")
+def plain(server):
+    """The name of an app that shows a plain page."""
+    server.deploy("plain", simple_app())
+    return "plain"
+
+
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
-        outcome = "passed" if report.outcome == "passed" else "failed"  # a skipped test is one that nobody sees
+        passed = report.outcome == "passed"  # a skipped test is one that nobody sees
         send(
             test=report.nodeid.rpartition("/")[2],
-            outcome=outcome,
-            detail=f"{report.when}: {report.longreprtext}"[:8000],
+            outcome="passed" if passed else "failed",
+            detail="" if passed else f"{report.when}: {report.longreprtext[:8000]}\n{last_entries()}",
         )
+
+
+def last_entries():
+    """What the units said lately: the machine is gone when somebody reads of a failure."""
+    query = ["journalctl", "--unit=blockyard-*", "--quiet", "--no-hostname", "--lines=40"]
+    return subprocess.run(query, capture_output=True, text=True, timeout=60, check=False).stdout

@@ -12,20 +12,19 @@ def acts(action):
 
 
 @pytest.fixture(scope="module")
-def beside(server):
+def beside(server, plain):
     """A visitor of another app."""
-    server.deploy("sibling", simple_app())
     visitor = server.visitor()
-    assert visitor.get("/app/sibling/").status_code == 200
+    assert visitor.get(f"/app/{plain}/").status_code == 200
     return visitor
 
 
 @pytest.fixture
-def sibling(beside):
+def sibling(beside, plain):
     """A function that asks the app beside, which must go on answering."""
 
     def answers():
-        answer = beside.get("/app/sibling/")
+        answer = beside.get(f"/app/{plain}/")
         assert answer.status_code == 200
         assert "plain page" in answer.text
 

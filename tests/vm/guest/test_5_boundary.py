@@ -71,17 +71,34 @@ def test_the_daemons_have_the_capabilities_they_need_and_can_get_no_other(server
     assert set(status(unit("blockyard-api.service", "MainPID"), "Uid").split()) != {"0"}
 
 
-def test_a_worker_has_no_capability_a_uid_of_its_own_and_only_its_own_processes(server):
-    server.deploy("bare", simple_app(ui="fluidPage(paste('SEES', length(list.files('/proc', '^[0-9]+$'))))"))
-    page = server.visitor().get("/app/bare/").text
-    assert int(re.search(r"SEES (\d+)", page)[1]) <= 3  # bwrap's init, R
-    process = r_process(active(server, "bare")[0]["id"])
+@pytest.fixture(scope="module")
+def curious(server):
+    """The page of an app that looks around, and its worker."""
+    places = "c('/etc/blockyard', '/var/lib', '/home', '/root', '/sys', '/run', '/run/blockyard', '/')"
+    looks = f"c(list.files({places}, full.names = TRUE), list.files('/proc', '^[0-9]+$'))"
+    server.deploy("curious", simple_app(ui=f"fluidPage(paste(c('SEEN', {looks}), collapse = '|'))"))
+    page = server.visitor().get("/app/curious/").text
+    return set(re.search(r"SEEN\|([^<]*)", page)[1].split("|")), active(server, "curious")[0]["id"]
+
+
+def test_a_worker_sees_nothing_of_the_server_and_no_process_but_its_own(curious):
+    seen, _ = curious
+    processes = {name for name in seen if name.isdigit()}
+    shown = {"/run/worker", "/run/blockyard", "/run/blockyard/launch.R"}
+    roots = {f"//{name}" for name in ("app", "bin", "dev", "etc", "lib", "lib64", "opt", "proc", "run", "sbin", "tmp")}
+    assert seen >= shown  # it did look
+    assert seen - processes <= shown | roots | {"//usr", "//var", "/var/lib/fontconfig"}
+    assert processes == {"1", "2"}  # bwrap's own first process, and R
+
+
+def test_a_worker_has_a_uid_of_its_own_and_no_capability(curious):
+    process = r_process(curious[1])
     uid, *others = {int(number) for number in status(process, "Uid").split()}
     assert others == []
     assert 60000 <= uid <= 60999
+    assert status(process, "Groups").split() == []
     assert [int(status(process, f"Cap{kind}"), 16) for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")] == [0] * 5
     assert status(process, "NoNewPrivs") == "1"
-    assert status(process, "Groups").split() == []
     assert status(process, "Seccomp") == "2"
 
 
