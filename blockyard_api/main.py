@@ -10,12 +10,12 @@ import socket
 import sys
 from pathlib import Path
 
-import uvicorn
 import uvloop
 
 from blockyard_api import app, settings
 from blockyard_api.errors import BlockyardError
 from blockyard_api.host.notify import ServiceManager, take_passed
+from blockyard_api.http import server
 from blockyard_api.identity.tokens import Tokens
 from blockyard_api.settings import Settings
 from blockyard_api.store import database
@@ -98,20 +98,7 @@ async def _serve(configured: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     async with app.running(configured, manager, log_pipes) as built:
         await built.relay.listen(relayed)
-        config = uvicorn.Config(
-            built.control_plane,
-            loop="none",
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=75,  # as the relay: uvicorn's 5 s meet clients that are just about to send again
-            timeout_graceful_shutdown=max(1, round(configured.server.shutdown_timeout)),
-        )
-        api = uvicorn.Server(config)
+        api = server.server(built.control_plane, configured.server.shutdown_timeout)
         serving = loop.create_task(api.serve(sockets=[control]))
         watching = loop.create_task(_watchdog(manager))
         manager.say("READY=1")

@@ -8,8 +8,8 @@ import contextlib
 import json
 import re
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 from urllib.parse import quote
 
 from blockyard_api import pages
@@ -183,7 +183,7 @@ class AppGate:
     def _again(self, visit: "_Visit") -> "_Visit":
         """Return the visit with the app as it is now, or raise what has come to stand against it since the decision."""
         app = self._catalog.get(visit.app.id)
-        visit = replace(visit, app=app, relation=self._catalog.relation(app, visit.principal))
+        visit = visit._replace(app=app, relation=self._catalog.relation(app, visit.principal))
         if (error := self._objection(visit)) is not None:
             raise error
         return visit
@@ -210,8 +210,7 @@ class AppGate:
         return b"Set-Cookie", f"{COOKIE.decode()}={value}; {attributes}".encode()
 
 
-@dataclass(frozen=True, slots=True)
-class _Visit:
+class _Visit(NamedTuple):  # a tuple: one is made for every request
     """One request for an app, and what its sender is to it."""
 
     head: RequestHead

@@ -48,15 +48,26 @@ async def app(control):
     return await control.catalog.create("plain", "admin")
 
 
-async def test_the_later_of_two_uploads_is_served_however_long_the_earlier_one_takes(control, app):
-    large, first = await upload(control, app, APP | {f"f{number}": "x" for number in range(2000)})
+async def test_the_later_of_two_uploads_is_served_however_long_the_earlier_one_takes(control, app, monkeypatch):
+    go_on = asyncio.Event()
+    unpack = deploy.unpack
+
+    async def slow_at_first(archive, destination):
+        if destination.name == large:
+            await go_on.wait()
+        return await unpack(archive, destination)
+
+    monkeypatch.setattr(deploy, "unpack", slow_at_first)
+    large, first = await upload(control, app)
     small, second = await upload(control, app)
-    tasks = [await over(control, task) for task in (second, first)]
-    assert [task.status for task in tasks] == ["completed", "completed"]
+    assert (await over(control, second)).status == "completed"
     assert control.catalog.get(app.id).active_bundle == small
-    assert "later upload" in tasks[1].log
-    rolled_back = await control.services.deployments.rollback(app, large)
-    assert rolled_back.active_bundle == large
+    go_on.set()
+    overtaken = await over(control, first)
+    assert overtaken.status == "completed"
+    assert "later upload" in overtaken.log
+    assert control.catalog.get(app.id).active_bundle == small
+    assert (await control.services.deployments.rollback(app, large)).active_bundle == large
 
 
 async def test_many_uploads_at_once_are_unpacked_a_few_at_a_time(control, app, monkeypatch):

@@ -227,7 +227,8 @@ async def test_what_a_database_cannot_keep_costs_no_visitor_his_page(control):
     assert (await control.ask("/app/plain/", cookie)).end().forwarded
     control.spawner.serves = False
     await control.deploy("plain")
-    assert (await control.ask("/app/plain/", cookie, html=True)).status == 202
+    moved = (await control.ask("/app/plain/", cookie, html=True)).end()
+    assert moved.forwarded or moved.status == 202  # whichever is faster, its worker or the database's refusal
     assert control.alive
 
 
@@ -312,7 +313,7 @@ async def test_each_page_that_is_open_over_two_redeploys_keeps_its_worker_and_no
     pages = [await control.socket("plain", first.cookie)]
     for _ in range(2):
         await control.deploy("plain")
-        await control.ask("/app/plain/", first.cookie, html=True)
+        (await control.ask("/app/plain/", first.cookie, html=True)).end()
         await control.quiet()
         pages.append(await control.socket("plain", first.cookie))
     workers = [control.worker_of(answer) for answer, _ in pages]
@@ -332,7 +333,7 @@ async def test_a_page_that_is_loaded_anew_after_a_redeploy_lets_the_old_worker_g
     first = await control.visit()
     old = control.worker_of(first)
     await control.deploy("plain")
-    await control.ask("/app/plain/", first.cookie, html=True)
+    (await control.ask("/app/plain/", first.cookie, html=True)).end()
     await until(old.ended.is_set, "the end of the old worker")
     assert old.end_reason == "redeployed"
 
@@ -342,7 +343,7 @@ async def test_uploads_of_an_old_page_reach_the_worker_that_serves_it(control):
     first = await control.visit()
     old, _ = await control.socket("plain", first.cookie)
     await control.deploy("plain")
-    await control.ask("/app/plain/", first.cookie, html=True)
+    (await control.ask("/app/plain/", first.cookie, html=True)).end()
     await control.quiet()
     upload = (await control.ask("/app/plain/session/abc/upload/x", first.cookie, method=b"POST")).end()
     assert control.worker_of(upload) is control.worker_of(old)

@@ -1,0 +1,116 @@
+"""The control plane's HTTP server: uvicorn, with the bounds on what strangers may send that it leaves to others."""
+
+import asyncio
+import json
+import re
+
+import uvicorn
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_HEAD_WITHIN = 30.0  # seconds from a connection's, or a request's, first moment to the end of its head
+_MOST_HEAD = 65536  # bytes
+_MOST_BODY = 1 << 20  # bytes; of all routes but the upload, which has its own bound, and knows by then who sends
+_BODY_GOES_ON_WITHIN = 60.0  # seconds of silence
+_UPLOAD = re.compile(r"/api/v1/apps/[^/]+/bundles")
+
+
+def server(control_plane: ASGIApp, shutdown_timeout: float) -> uvicorn.Server:
+    """Return a server of the control plane that waits `shutdown_timeout` seconds for what is under way."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            _BoundedBodies(control_plane),
+            loop="none",
+            http=_BoundedHeads,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=75,  # as the relay: uvicorn's 5 s meet clients that are just about to send again
+            timeout_graceful_shutdown=max(1, round(shutdown_timeout)),
+        )
+    )
+
+
+class _BoundedHeads(HttpToolsProtocol):
+    """Uvicorn's protocol, which alone would read a head for ever and keep all of it."""
+
+    _due: asyncio.TimerHandle | None = None
+    _size = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._have_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._due is not None and not self.transport.is_closing():  # still in a head
+            self._size += len(data)
+            if self._size > _MOST_HEAD:
+                self._refuse(b"431 Request Header Fields Too Large", "head_too_large", "Send a head of at most 64 KB.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._have_head()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Word uvicorn's refusal as the contract does."""
+        self._refuse(b"400 Bad Request", "invalid_request", msg)
+
+    def _await_head(self) -> None:
+        self._have_head()
+        self._size = 0
+        self._due = self.loop.call_later(_HEAD_WITHIN, self.transport.close)
+
+    def _have_head(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+    def _refuse(self, status: bytes, code: str, message: str) -> None:
+        body = json.dumps({"error": code, "message": message}).encode()
+        head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+        self.transport.write(head % (status, len(body)) + body)
+        self.transport.close()
+
+
+class _BoundedBodies:
+    """Ends a request whose body grows too large, or does not go on, before anybody is asked who sends it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        bounded = not _UPLOAD.fullmatch(scope["path"])
+        size, whole = 0, False
+
+        async def bounded_receive() -> Message:
+            nonlocal size, whole
+            if whole:  # what comes now is the client's leaving, and that may take its time
+                return await receive()
+            try:
+                async with asyncio.timeout(_BODY_GOES_ON_WITHIN):
+                    message = await receive()
+            except TimeoutError:
+                return {"type": "http.disconnect"}
+            whole = not message.get("more_body", False)
+            size += len(message.get("body", b""))
+            if bounded and size > _MOST_BODY:
+                raise HTTPException(413, "Send a body of at most 1 MB")
+            return message
+
+        await self._app(scope, bounded_receive, send)
