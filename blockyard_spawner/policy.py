@@ -41,7 +41,8 @@ class Launch:
     """One authorized worker: every choice is made, and only checked names are the peer's."""
 
     request: Spawn
-    sources: tuple[Source, ...]  # the bundle, which is the working directory, then the others
+    sources: tuple[Source, ...]
+    directory: str  # the working one
     env: Mapping[str, str]
     network: str
     limits: Limits  # None: unlimited
@@ -69,15 +70,18 @@ def uids(config: Mapping[str, Any]) -> range:
 def authorize(config: Mapping[str, Any], request: Spawn) -> Launch:
     """Hold a request against root's configuration. Raises Refused."""
     state, mounts = config["storage.state_dir"], config["storage.data_mounts"]
-    if request.kind != "app" or request.bundle is None:
-        raise Refused("unknown_kind", "Use kind 'app', with a bundle.")
+    if (request.kind, request.bundle is not None) not in (("app", True), ("probe", False)):
+        raise Refused("unknown_kind", "Use kind 'app', with a bundle, or 'probe', without one.")
     if bad := [name for name in request.env if name in _ENV_OURS or not re.fullmatch(_ENV_ALLOWED, name)]:
         raise Refused("env_not_allowed", f"Name the variable APP_…: {bad[0]} may not be set from outside.")
     if bad := [name for name in request.data if name not in mounts]:
         raise Refused("no_such_data", f"Add {bad[0]} to storage.data_mounts: it is not there.")
     env = {**request.env, **config["server.worker_env"], **_ENV}
     env |= {"BLOCKYARD_APP": request.app, "BLOCKYARD_WORKER": request.id}
-    sources = [Source("bundle", state, f"bundles/{request.bundle}", config["storage.bundle_worker_path"])]
+    directory, sources = "/tmp", []  # noqa: S108 - the worker's own tmpfs
+    if request.bundle is not None:
+        directory = config["storage.bundle_worker_path"]
+        sources.append(Source("bundle", state, f"bundles/{request.bundle}", directory))
     if request.library is not None:
         sources.append(Source("library", state, f"libraries/{request.library}", "/library"))
         env["R_LIBS"] = "/library"
@@ -86,7 +90,7 @@ def authorize(config: Mapping[str, Any], request: Spawn) -> Launch:
     named = [mounts[name] for name in dict.fromkeys(request.data)]
     sources += [Source("data", mount.path, ".", f"/data/{mount.name}", mount.writable) for mount in named]
     network = request.network or config["process.network"]
-    return Launch(request, tuple(sources), env, network, _limits(config, request.limits))
+    return Launch(request, tuple(sources), directory, env, network, _limits(config, request.limits))
 
 
 def _limits(config: Mapping[str, Any], asked: Limits) -> Limits:

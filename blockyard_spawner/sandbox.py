@@ -10,8 +10,11 @@ from typing import Any
 
 from blockyard_spawner.policy import Launch
 
-_PROGRAM = "/run/blockyard/launch.R"
-_R_OPTIONS = ("--no-echo", "--no-restore", "--no-save", "--no-init-file", f"--file={_PROGRAM}")
+# What runs inside, by the request's kind: a file of ./sandboxed, which root hands over and never runs.
+PROGRAMS = {"app": "launch.R", "probe": "probe.py"}
+_PLACE = "/run/blockyard"
+_R_OPTIONS = ("--no-echo", "--no-restore", "--no-save", "--no-init-file", f"--file={_PLACE}/launch.R")
+_PROBE = ("/usr/bin/python3", "-I", f"{_PLACE}/probe.py")
 _NAMESPACES = ("--unshare-user", "--disable-userns", "--unshare-pid", "--unshare-ipc", "--unshare-uts")
 _READABLE = (
     *("/usr", "/opt/R"),  # the latter: where other makers put versions of R
@@ -23,11 +26,11 @@ _RESOLVER = ("/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/hosts", "/etc/host.
 _SHM = str(64 << 20)
 
 
-def files(config: Mapping[str, Any], uid: int, program: bytes) -> dict[str, bytes]:
+def files(config: Mapping[str, Any], uid: int, kind: str, program: bytes) -> dict[str, bytes]:
     """Name the files that are made for a worker, and their contents."""
     gid = config["process.worker_gid"]
-    passwd = f"worker:x:{uid}:{gid}::/tmp:/usr/sbin/nologin\n"
-    return {"/etc/passwd": passwd.encode(), "/etc/group": f"worker:x:{gid}:\n".encode(), _PROGRAM: program}
+    passwd, group = f"worker:x:{uid}:{gid}::/tmp:/usr/sbin/nologin\n".encode(), f"worker:x:{gid}:\n".encode()
+    return {"/etc/passwd": passwd, "/etc/group": group, f"{_PLACE}/{PROGRAMS[kind]}": program}
 
 
 def bwrap_argv(config: Mapping[str, Any], launch: Launch, made: Mapping[str, bytes], *, lasting: bool) -> list[str]:
@@ -53,5 +56,5 @@ def bwrap_argv(config: Mapping[str, Any], launch: Launch, made: Mapping[str, byt
         argv += ["--seccomp", next(descriptor)]
     # The environment is bwrap's own, out of the world-readable command line. The app's name is no secret, and is
     # where a restarted spawner reads it.
-    argv += ["--setenv", "BLOCKYARD_APP", launch.request.app, "--chdir", launch.sources[0].target, "--"]
-    return [*argv, config["process.r_path"], *_R_OPTIONS]
+    argv += ["--setenv", "BLOCKYARD_APP", launch.request.app, "--chdir", launch.directory, "--"]
+    return [*argv, *(_PROBE if launch.request.kind == "probe" else (config["process.r_path"], *_R_OPTIONS))]

@@ -48,7 +48,8 @@ class Workers:
     def __init__(self, config: Mapping[str, Any], api_gid: int, *, unprivileged: bool) -> None:
         profile, gid, pool = config["process.seccomp_profile"], config["process.worker_gid"], policy.uids(config)
         self.config, self._gid, self._api_gid, self.unprivileged = config, gid, api_gid, unprivileged
-        self._program = pathlib.Path(__file__).with_name("launch.R").read_bytes()
+        inside = pathlib.Path(__file__).with_name("sandboxed")
+        self._programs = {kind: (inside / name).read_bytes() for kind, name in sandbox.PROGRAMS.items()}
         self._seccomp = [pathlib.Path(profile).read_bytes()] if profile else []
         self.free_uids = deque([os.getuid()] * len(pool) if unprivileged else pool)  # given back longest ago: first
         self.by_id: dict[str, Worker] = {}
@@ -99,7 +100,7 @@ class Workers:
         given = [log, log]
         try:
             given.extend(launch.open_source(source) for source in wanted.sources)  # what is open is in the list
-            made = sandbox.files(self.config, worker.uid, self._program)
+            made = sandbox.files(self.config, worker.uid, request.kind, self._programs[request.kind])
             given.extend(launch.open_contents(data) for data in (*made.values(), *self._seccomp))
             os.mkdir(self._directory(name), 0o700)
             os.chmod(self._directory(name), 0o2710)  # noqa: S103 - before it is given away: later needs a capability

@@ -17,7 +17,7 @@ from websockets.sync.client import ClientConnection, unix_connect
 
 import blockyard_spawner
 
-PROGRAM = Path(blockyard_spawner.__file__).with_name("launch.R")
+PROGRAM = Path(blockyard_spawner.__file__).parent / "sandboxed" / "launch.R"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGE = 'shinyApp(fluidPage("the page"), function(input, output, session) {})'
 DEADLINE = 30.0

@@ -22,7 +22,9 @@ FULL = {"library": "l1", "data": ("ro", "rw"), "network": "none", "limits": Limi
 
 def argv(config, lasting=True, **fields):
     launch = policy.authorize(config, request(**fields))
-    return sandbox.bwrap_argv(config, launch, sandbox.files(config, 60000, b"program"), lasting=lasting)
+    return sandbox.bwrap_argv(
+        config, launch, sandbox.files(config, 60000, launch.request.kind, b"program"), lasting=lasting
+    )
 
 
 @pytest.mark.parametrize(("name", "config", "fields"), [("plain", configured(), {}), ("full", CONFIG, FULL)])
