@@ -16,7 +16,8 @@ import prctl
 from blockyard_spawner.policy import Source
 from blockyard_spawner.protocol import Refused
 
-_OPENAT2, _CLONE3 = 437, 435  # system calls' numbers, the same on every architecture
+# System calls' numbers, the same on every architecture.
+_OPENAT2, _CLONE3, _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 437, 435, 444, 446
 _CLONE_PIDFD, _CLONE_VFORK, _CLONE_INTO_CGROUP = 1 << 12, 1 << 14, 1 << 33
 _RESOLVE = 0x02 | 0x04 | 0x08  # RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -60,6 +61,7 @@ def start(uid: int, gid: int, argv: list[str], env: Mapping[str, str], given: li
             if os.geteuid() == 0:  # without root, the spawner has its workers' uid already
                 _drop(uid, gid)
             prctl.set_no_new_privs(1)
+            _leave_abstract_sockets()
             prctl.set_dumpable(1)  # a uid's change cleared it, and bwrap is to write its own uid map
             os.execve(argv[0], argv, env)  # noqa: S606
         except BaseException as error:  # noqa: BLE001 - a forked child has nowhere to raise to
@@ -95,12 +97,24 @@ def _enter(given: list[int]) -> None:
     for target, copy in enumerate([fcntl.fcntl(descriptor, fcntl.F_DUPFD, _ABOVE) for descriptor in given]):
         os.dup2(copy, target)
     os.closerange(len(given), os.sysconf("SC_OPEN_MAX"))
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    # Blocked, not ignored: R has a handler that makes an error of it, and a log that nobody reads is no error.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGPIPE])
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores these two, and exec would pass that on
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
     os.umask(0o077)
+
+
+def _leave_abstract_sockets() -> None:
+    """Keep what follows from abstract sockets outside of its sandbox, where the kernel can (Landlock's scope, 6.12).
+
+    They belong to the network namespace, which an app with the host's network shares with everybody.
+    """
+    scoped = struct.pack("QQQ", 0, 0, 1)  # neither files nor ports: those rights would forbid bwrap to mount
+    if (ruleset := _libc.syscall(_LANDLOCK_CREATE_RULESET, scoped, len(scoped), 0)) >= 0:
+        _libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0)
+        os.close(ruleset)
 
 
 def _drop(uid: int, gid: int) -> None:

@@ -6,6 +6,7 @@ spawner finds its workers there, and what was interrupted is done again.
 
 import asyncio
 import contextlib
+import errno
 import os
 import pathlib
 import select
@@ -163,6 +164,8 @@ class Workers:
                     await self._run_as(worker, _SWEEP, self._directory(worker.id))
                     os.rmdir(self._directory(worker.id))
             except (OSError, Refused) as error:  # a TimeoutError is an OSError
+                if getattr(error, "errno", None) == errno.ENODEV:  # systemd removed its cgroup as it was looked at
+                    continue
                 self._audit("exit", worker, "quarantined", f"cannot be cleared away yet, so its uid rests: {error!r}")
                 await asyncio.sleep(_RETRY_SECONDS)
             else:

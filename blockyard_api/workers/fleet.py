@@ -344,7 +344,11 @@ class Fleet:
             worker.end(f"the server could not start it: {error.strerror}")
             return Result("unknown")
         async with asyncio.TaskGroup() as group:
-            pump = group.create_task(self._pump(worker, read_end, worker_log)) if read_end is not None else None
+            pump = None
+            if read_end is not None:
+                pump = group.create_task(self._pump(worker, read_end, worker_log))
+            else:
+                await worker_log.append(stamp("The server was stopped meanwhile; from here on this log is not kept."))
             try:
                 await self._serve(worker, pidfd)
             finally:

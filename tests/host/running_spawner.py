@@ -262,8 +262,8 @@ class Spawner:
                 path.chmod(0o755 if path.is_dir() else 0o644)
         return name
 
-    def spawn(self, client: Client, worker: str, bundle: str, **fields: object) -> Running:
-        """Start a worker and read its log in the background. Raises Refusal."""
+    def spawn(self, client: Client, worker: str, bundle: str, *, unread: bool = False, **fields: object) -> Running:
+        """Start a worker and read its log in the background, or close it unread. Raises Refusal."""
         reading, writing = os.pipe2(os.O_CLOEXEC)
         try:
             request = {"id": worker, "kind": "app", "app": "an-app", "bundle": bundle, **fields}
@@ -278,7 +278,7 @@ class Spawner:
 
         def read() -> None:
             with open(reading, encoding="utf-8", errors="replace") as log:
-                for line in log:
+                for line in () if unread else log:
                     running.lines.append(line)
 
         running.reader = threading.Thread(target=read, daemon=True)

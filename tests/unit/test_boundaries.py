@@ -19,6 +19,7 @@ STANDARD = {
     "contextlib",
     "ctypes",
     "dataclasses",
+    "errno",
     "fcntl",
     "functools",
 }

@@ -1,6 +1,7 @@
 """What code in a worker can see and do: asked from inside, by R itself."""
 
 import contextlib
+import ctypes
 import os
 import socket
 import subprocess
@@ -256,3 +257,17 @@ def test_the_api_reaches_the_socket_and_a_stranger_does_not(spawner, client):
         assert worker.get().startswith("HTTP/1.1 200 OK")
     with acting_as(65533, 65533), socket.socket(socket.AF_UNIX) as stranger, pytest.raises(PermissionError):
         stranger.connect(str(worker.socket))
+
+
+def test_abstract_sockets_of_the_host_are_closed_where_the_kernel_can_close_them(spawner, client):
+    landlock_abi = ctypes.CDLL(None).syscall(444, None, 0, 1)  # landlock_create_ruleset(…, …, _VERSION)
+    name = f"blockyard-test-{os.getpid()}"
+    connect = f"import socket; socket.socket(socket.AF_UNIX).connect(chr(0) + '{name}'); print('reached')"
+    code = f'tell(paste(system2("python3", c("-c", shQuote("{connect}")), TRUE, TRUE), collapse = " "))'
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0{name}")
+        listener.listen()
+        apart, together = (told(spawner, client, code, network=network)[0] for network in ("none", "host"))
+    assert "ConnectionRefusedError" in apart
+    assert ("PermissionError" in together) == (landlock_abi >= 6)
+    assert ("reached" in together) == (landlock_abi < 6)

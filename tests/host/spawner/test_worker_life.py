@@ -50,6 +50,12 @@ def test_a_stop_lets_the_app_say_goodbye(spawner, client):
     assert "goodbye" in worker.output()
 
 
+def test_an_app_that_talks_to_nobody_goes_on(spawner, client):
+    code = "ui <- function(request) { message('asked'); fluidPage('plain') }; shinyApp(ui, \\(input, output) {})"
+    worker = spawner.run_r(client, "worker0001", code, unread=True)
+    assert [worker.get().startswith("HTTP/1.1 200 OK") for _ in range(3)] == [True] * 3
+
+
 def test_a_stop_kills_what_ignores_the_interrupt(spawner, client):
     worker = spawner.run_r(
         client, "worker0001", "repeat tryCatch({message('up'); Sys.sleep(600)}, interrupt = \\(e) 0)"

@@ -1,12 +1,13 @@
 """What an operator does with the running server, as docs/operate.md tells, and what visitors notice of it."""
 
+import re
 import socket
 import threading
 from contextlib import suppress
 
 import httpx
-from machine import active, by, r_process, run, systemctl, unit
-from running_pair import wait_for
+from machine import active, answers, audit, by, r_process, run, systemctl, unit
+from running_pair import simple_app, wait_for
 
 PORTS = (8080, 8081)
 REQUEST = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
@@ -49,16 +50,40 @@ def test_a_visitor_is_served_although_the_spawner_was_stopped(server, plain):
 def test_the_emergency_stop_ends_every_worker_and_its_start_lets_visitors_in_again(server, plain):
     visitor = server.visitor()
     with visitor.shiny(plain):
-        process = r_process(active(server, plain)[0]["id"])
+        worker = active(server, plain)[0]["id"]
+        process = r_process(worker)
         systemctl("stop", "blockyard-workers.service")
         assert run("ps", "--pid", str(process), check=False).returncode == 1
     wait_for(lambda: not server.workers(plain), 60, "the end in the API's view")
+    assert "quarantined" not in [entry["BLOCKYARD_RESULT"] for entry in audit(worker=worker)]
     refused = server.visitor().get(f"/app/{plain}/")
     assert refused.status_code == 503
     assert "systemctl start blockyard-workers" in refused.text
     systemctl("start", "blockyard-workers.service")
     wait_for(lambda: server.visitor().get(f"/app/{plain}/").status_code == 200, 120, "the app again")
     assert unit("blockyard-spawner.service", "ActiveState") == "active"
+
+
+def test_a_worker_outlives_a_stop_of_the_api_and_goes_on_talking(server):
+    chatty = "tick <- function() { message('tick'); later::later(tick, 0.1) }\nlater::later(tick, 0.1)"
+    server.deploy("chatty", simple_app(chatty))
+    assert server.visitor().get("/app/chatty/").status_code == 200
+    worker = active(server, "chatty")[0]["id"]
+    process = r_process(worker)
+    systemctl("stop", "blockyard-api.socket", "blockyard-api.service")
+    systemctl("start", "blockyard-api.socket")
+    answers(server)
+    assert [found["id"] for found in active(server, "chatty")] == [worker]
+    assert server.visitor().get("/app/chatty/").status_code == 200
+    assert r_process(worker) == process
+
+    def log():
+        return server.http.get("/api/v1/apps/chatty/logs", params={"worker_id": worker, "stream": "false"}).text
+
+    kept = int(re.search(r"[0-9]+", run("systemctl", "--version").stdout)[0]) >= 254  # FileDescriptorStorePreserve=
+    before = log().count("tick")
+    wait_for(lambda: (log().count("tick") > before) if kept else "this log is not kept" in log(), 60, "the log's word")
+    server.http.post("/api/v1/apps/chatty/disable")
 
 
 def test_logs_are_followed_while_a_visitor_is_there(server):
