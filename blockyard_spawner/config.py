@@ -106,7 +106,7 @@ KEYS: Mapping[str, Key] = {
     "storage.data_mounts": Key(data_mounts, {}),
     "process.bwrap_path": Key(path, "/usr/bin/bwrap"),
     "process.r_path": Key(path, "/usr/bin/R"),
-    "process.seccomp_profile": Key(lambda value: value and path(value), ""),
+    "process.seccomp_profile": Key(lambda value: value and path(value), "/etc/blockyard/seccomp.bpf"),
     "process.worker_uid_range_start": Key(integer(1000, 2**31), 60000),
     "process.worker_uid_range_end": Key(integer(1000, 2**31), 60999),
     "process.worker_gid": Key(integer(1, 2**31), 65534),

@@ -18,6 +18,7 @@ from typing import Any
 from blockyard_spawner import launch, policy, sandbox
 from blockyard_spawner.audit import audit
 from blockyard_spawner.cgroup import Cgroups, readable
+from blockyard_spawner.config import ConfigError
 from blockyard_spawner.protocol import Refused, Spawn
 
 _EMPTY_SECONDS, _RETRY_SECONDS, _ENDED_KEPT = 10, 5, 1024
@@ -51,7 +52,11 @@ class Workers:
         self.config, self._gid, self._api_gid, self.unprivileged = config, gid, api_gid, unprivileged
         inside = pathlib.Path(__file__).with_name("sandboxed")
         self._programs = {kind: (inside / name).read_bytes() for kind, name in sandbox.PROGRAMS.items()}
-        self._seccomp = [pathlib.Path(profile).read_bytes()] if profile else []
+        try:
+            self._seccomp = [pathlib.Path(profile).read_bytes()] if profile else []
+        except OSError as error:
+            remedy = "run `by admin install-seccomp`, or set it to an empty string to go without"
+            raise ConfigError(f"'process.seccomp_profile' cannot be read; {remedy}: {error}.") from error
         self.free_uids = deque([os.getuid()] * len(pool) if unprivileged else pool)  # given back longest ago: first
         self.by_id: dict[str, Worker] = {}
         self._cgroups = Cgroups(config["process.cgroup_root"])

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from running_spawner import Client, Spawner, api_user, cgroup_mount
 
+from blockyard_api.hardening import seccomp
+
 _numbers = itertools.count(os.getpid() % 200 * 20)
 
 
@@ -26,8 +28,11 @@ def stopped_spawner() -> Iterator[Spawner]:
     for directory in (spawner.state_dir, *spawner.state_dir.iterdir()):
         directory.chmod(0o711)
         os.chown(directory, user.pw_uid, user.pw_gid)
+    filter_ = root / "seccomp.bpf"
+    filter_.write_bytes(seccomp.compiled(seccomp.read_policy(), seccomp.native()))
     spawner.configure(
         api_user=user.pw_name,
+        seccomp_profile=str(filter_),
         runtime_dir=str(spawner.runtime_dir),
         cgroup_root=str(spawner.cgroup_root),
         worker_uid_range_start=uids[0],

@@ -5,6 +5,7 @@ ones, so that no connection is refused meanwhile.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -40,6 +41,14 @@ def ensure_user():
     except KeyError:
         subprocess.run(["useradd", "--system", "--user-group", "--no-create-home", USER], check=True)
         return pwd.getpwnam(USER)
+
+
+@functools.cache
+def compiled_filter():
+    """Compile the workers' system call filter, which every pair runs with."""
+    from blockyard_api.hardening import seccomp  # noqa: PLC0415 - the machines' tests, which start no pair, are without
+
+    return seccomp.compiled(seccomp.read_policy(), seccomp.native())
 
 
 def archive(files):
@@ -124,6 +133,8 @@ class Pair(Server):
         self.mounted = bool(state_mount)
         os.chown(self.state, self.user.pw_uid, self.user.pw_gid)
         self.runtime_dir = self.root / "run" / "workers"
+        self.filter = self.root / "seccomp.bpf"
+        self.filter.write_bytes(compiled_filter())
         self.cgroup = cgroup2_mount() / self.root.name
         self.cgroup.mkdir()
         self.spawner_socket = self.root / "run" / "spawner.sock"
@@ -139,6 +150,7 @@ class Pair(Server):
                 f'spawner_socket = "{self.spawner_socket}"',
                 f'cgroup_root = "{self.cgroup}"',
                 f'api_user = "{USER}"',
+                f'seccomp_profile = "{self.filter}"',
                 f"worker_uid_range_start = {first_uid}",
                 f"worker_uid_range_end = {last_uid}",
                 "allow_unlimited = true",

@@ -130,8 +130,12 @@ def test_an_ordinary_user_runs_workers_of_its_own(stopped_spawner):
         ("[process]\nnetwork = 'bridge'", ["process.network", "host"]),
         ("[process]\nworker_uid_range_start = 70000\nworker_uid_range_end = 65000", ["worker_uid_range_end"]),
         ("[storage]\nbundle_worker_path = '/usr/share'", ["bundle_worker_path"]),
-        ("[process]\napi_user = 'root'\nseccomp_profile = '/nonexistent.bpf'", ["/nonexistent.bpf"]),
-        ("[process]\napi_user = 'root'", ["blockyard-spawner.socket", "--socket"]),
+        (
+            "[process]\napi_user = 'root'\nseccomp_profile = '/nonexistent.bpf'",
+            ["process.seccomp_profile", "/nonexistent.bpf", "by admin install-seccomp"],
+        ),
+        ("[process]\napi_user = 'root'\nseccomp_profile = '/'", ["process.seccomp_profile", "Is a directory"]),
+        ("[process]\napi_user = 'root'\nseccomp_profile = ''", ["blockyard-spawner.socket", "--socket"]),
     ],
 )
 def test_a_start_that_cannot_succeed_is_one_sentence(tmp_path, text, words):

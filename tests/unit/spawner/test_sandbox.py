@@ -54,3 +54,10 @@ def test_the_root_is_made_read_only_last():
 def test_a_worker_that_no_cgroup_holds_ends_with_its_parent():
     assert "--die-with-parent" not in argv(configured())
     assert "--die-with-parent" in argv(configured(), lasting=False)
+
+
+def test_an_empty_setting_leaves_out_the_filter_and_nothing_else():
+    without = argv(configured(process__seccomp_profile=""))
+    filtered = argv(configured())
+    at = filtered.index("--seccomp")
+    assert without == filtered[:at] + filtered[at + 2 :]

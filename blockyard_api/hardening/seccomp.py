@@ -1,0 +1,196 @@
+"""The workers' system call filter: `policy.toml` in, the kernel's own instructions out, compiled by libseccomp.
+
+libseccomp is called by ctypes: what is needed of it are eight functions, and a binding would be one more dependency of
+what root runs. Two programs are compiled and put behind each other, since it cannot say "all but these values":
+first what is refused, then what is allowed.
+"""
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any
+
+from blockyard_api.errors import BlockyardError
+
+# AUDIT_ARCH_…, by which kernel and libseccomp call an architecture
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+_ALLOW, _ERRNO, _KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000  # SECCOMP_RET_…, and libseccomp's SCMP_ACT_…
+_ON_BAD_ARCHITECTURE, _OPTIMIZE = 2, 8  # SCMP_FLTATR_…
+_BINARY_TREE = 2
+_MASKED_EQUAL = 7  # SCMP_CMP_MASKED_EQ
+_C_INT = 0xFFFFFFFF
+_UNKNOWN = -1  # __NR_SCMP_ERROR
+_NATIVE = 0  # SCMP_ARCH_NATIVE
+_INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter
+_LOAD, _JUMP, _JUMP_IF_GREATER, _RETURN = 0x20, 0x05, 0x25, 0x06
+_SURPRISED = 255  # no errno: the filter is in force, and answers otherwise
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
+
+
+class CannotCompile(BlockyardError):
+    """There is no filter to be had from this policy with this libseccomp."""
+
+
+class DoesNotLoad(BlockyardError):
+    """The kernel does not take a filter, or does not hold it."""
+
+
+class _Comparison(ctypes.Structure):
+    """`struct scmp_arg_cmp`."""
+
+    _fields_ = (
+        ("argument", ctypes.c_uint),
+        ("operator", ctypes.c_int),
+        ("mask", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+    )
+
+
+def native() -> str:
+    """Name this machine's architecture, as the kernel does."""
+    return platform.machine()
+
+
+def read_policy() -> dict[str, Any]:
+    """Read the policy that the project ships."""
+    return tomllib.loads((files("blockyard_spawner") / "seccomp" / "policy.toml").read_text(encoding="utf-8"))
+
+
+def compiled(policy: Mapping[str, Any], architecture: str) -> bytes:
+    """Return the instructions for one architecture, 8 bytes each. Raises CannotCompile."""
+    if architecture not in policy["architectures"]:
+        known = " or ".join(policy["architectures"])
+        raise CannotCompile("unknown_architecture", f"There is no policy for {architecture}; use {known}.")
+    otherwise = _answer(policy["otherwise"])
+    with _filter(_ALLOW, architecture) as refused:
+        for rule in policy["refuse"]:
+            refused.add(otherwise, rule["call"], rule["when"])
+        refusals = refused.export()
+        newest = refused.number(policy["newest"])
+    with _filter(otherwise, architecture) as allowed:
+        for group in policy["group"]:
+            for call in group["calls"]:
+                allowed.add(_answer(group.get("answer")), call, [[]])
+        for rule in policy["allow"]:
+            allowed.add(_ALLOW, rule["call"], rule["when"])
+        rest = allowed.export()
+    return _going_on(refusals) + _too_new(newest) + rest
+
+
+def try_out(program: bytes) -> None:
+    """Have the kernel load a program into a child, and see there that it answers as the policy says.
+
+    Raises DoesNotLoad.
+    """
+    child = os.fork()
+    if not child:
+        status = _SURPRISED
+        try:
+            status = _under(program)
+        finally:
+            os._exit(status)
+    if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        reason = os.strerror(status) if 0 < status < _SURPRISED else f"the child ended with {status}"
+        raise DoesNotLoad("filter_does_not_load", f"The kernel does not take the filter ({reason}); report this.")
+
+
+def _under(program: bytes) -> int:
+    """Return 0 where the filter is in force, else the errno of what went wrong."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    instructions = ctypes.create_string_buffer(program, len(program))
+    count = len(program) // _INSTRUCTION.size
+    header = ctypes.create_string_buffer(struct.pack("@HP", count, ctypes.addressof(instructions)))
+    for call in ((_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header, 0, 0)):
+        if libc.prctl(*call):
+            return ctypes.get_errno()
+    refused = libc.unshare(0) < 0 and ctypes.get_errno() == errno.EPERM  # without a filter it does nothing, and well
+    return 0 if refused and os.getpid() else _SURPRISED
+
+
+def _answer(name: str | None) -> int:
+    return _ALLOW if name is None else _ERRNO | int(getattr(errno, name))
+
+
+def _going_on(program: bytes) -> bytes:
+    """Let a program end behind its last instruction where it would have allowed the call."""
+    instructions = list(_INSTRUCTION.iter_unpack(program))
+    for at, instruction in enumerate(instructions):
+        if instruction == (_RETURN, 0, 0, _ALLOW):
+            instructions[at] = (_JUMP, 0, 0, len(instructions) - at - 1)
+    return b"".join(_INSTRUCTION.pack(*instruction) for instruction in instructions)
+
+
+def _too_new(newest: int) -> bytes:
+    """Answer ENOSYS to numbers above `newest`, and go on behind with all others."""
+    load_number, at_most = (_LOAD, 0, 0, 0), (_JUMP_IF_GREATER, 0, 1, newest)
+    return b"".join(_INSTRUCTION.pack(*each) for each in (load_number, at_most, (_RETURN, 0, 0, _answer("ENOSYS"))))
+
+
+class _Filter:
+    """A filter of libseccomp's under construction."""
+
+    def __init__(self, library: ctypes.CDLL, context: int, architecture: str) -> None:
+        self._library, self._context = library, ctypes.c_void_p(context)
+        for name, value in ((_ON_BAD_ARCHITECTURE, _KILL_PROCESS), (_OPTIMIZE, _BINARY_TREE)):
+            self._check(library.seccomp_attr_set(self._context, name, ctypes.c_uint32(value)), "an attribute")
+        self._token = ctypes.c_uint32(ARCHITECTURES[architecture])
+        if architecture != native():
+            self._check(library.seccomp_arch_add(self._context, self._token), architecture)
+            self._check(library.seccomp_arch_remove(self._context, ctypes.c_uint32(_NATIVE)), native())
+
+    def number(self, call: str) -> int:
+        """Return a call's number on the filter's architecture. Raises CannotCompile."""
+        return self._known(call, self._library.seccomp_syscall_resolve_name_arch(self._token, call.encode()))
+
+    def add(self, action: int, call: str, when: Sequence[Sequence[Mapping[str, int]]]) -> None:
+        """Answer a call with an action, if all conditions of one line hold. Raises CannotCompile."""
+        # Rules name calls by this machine's numbers, or negative ones where it has none; libseccomp translates.
+        number = self._known(call, self._library.seccomp_syscall_resolve_name(call.encode()))
+        for line in when:
+            compared = [
+                _Comparison(each["argument"], _MASKED_EQUAL, each.get("mask", _C_INT), each["equals"]) for each in line
+            ]
+            comparisons = (_Comparison * len(line))(*compared)
+            rule = (ctypes.c_uint32(action), number, len(line), comparisons)
+            self._check(self._library.seccomp_rule_add_array(self._context, *rule), call)
+
+    def export(self) -> bytes:
+        """Return the program. Raises CannotCompile."""
+        with os.fdopen(os.memfd_create("seccomp", os.MFD_CLOEXEC), "rb") as file:
+            self._check(self._library.seccomp_export_bpf(self._context, file.fileno()), "the whole")
+            file.seek(0)
+            return file.read()
+
+    @staticmethod
+    def _known(call: str, number: int) -> int:
+        if number == _UNKNOWN:
+            raise CannotCompile("unknown_call", f"libseccomp does not know the call {call}; upgrade libseccomp2.")
+        return number
+
+    @staticmethod
+    def _check(status: int, what: str) -> None:
+        if status < 0:
+            raise CannotCompile("cannot_compile", f"libseccomp refused {what}: {os.strerror(-status)}; report this.")
+
+
+@contextmanager
+def _filter(default: int, architecture: str) -> Iterator[_Filter]:
+    try:
+        library = ctypes.CDLL("libseccomp.so.2")
+    except OSError as error:
+        raise CannotCompile("no_libseccomp", f"Install Debian's package libseccomp2: {error}.") from error
+    library.seccomp_init.restype = ctypes.c_void_p
+    context = library.seccomp_init(ctypes.c_uint32(default))
+    if not context:
+        raise CannotCompile("cannot_compile", "libseccomp made no filter; is there memory left?")
+    try:
+        yield _Filter(library, context, architecture)
+    finally:
+        library.seccomp_release(ctypes.c_void_p(context))
