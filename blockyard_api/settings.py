@@ -84,6 +84,7 @@ KEYS: Mapping[str, Key] = {
     "proxy.worker_start_timeout": Key(positive_duration, 60.0),
     "proxy.idle_worker_timeout": Key(positive_duration, 300.0),
     "proxy.max_workers": Key(config.integer(1, 10_000), 100),
+    "proxy.max_sessions_per_visitor": Key(config.integer(1, 1_000_000), 40),
     "proxy.session_idle_ttl": Key(positive_duration, 3600.0),
     "proxy.session_max_lifetime": Key(positive_duration, 86400.0),
     "proxy.ws_cache_ttl": Key(duration, 60.0),
@@ -138,6 +139,7 @@ class Proxy:
     worker_start_timeout: float
     idle_worker_timeout: float
     max_workers: int
+    max_sessions_per_visitor: int
     session_idle_ttl: float
     session_max_lifetime: float
     ws_cache_ttl: float

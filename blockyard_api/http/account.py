@@ -4,7 +4,7 @@ from fastapi import APIRouter, Response
 
 from blockyard_api.clock import rfc3339
 from blockyard_api.http.models import Bootstrap, NewToken, PlainToken, TokenBody, TokenList, UserBody
-from blockyard_api.http.services import Caller, Provided
+from blockyard_api.http.services import Caller, ClientAddress, Provided
 from blockyard_api.identity.tokens import DAY, Token
 
 router = APIRouter(prefix="/api/v1", tags=["account"])
@@ -21,9 +21,9 @@ def _fields(token: Token) -> dict[str, str | None]:
 
 
 @router.post("/bootstrap", status_code=201)
-async def bootstrap(given: Bootstrap, provided: Provided) -> PlainToken:
+async def bootstrap(given: Bootstrap, provided: Provided, client: ClientAddress) -> PlainToken:
     """Exchange the one-time token for an administrator's access token."""
-    token, plain = await provided.tokens.bootstrap(given.token)
+    token, plain = await provided.tokens.bootstrap(given.token, client)
     return PlainToken.model_validate({**_fields(token), "token": plain})
 
 

@@ -34,6 +34,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "Contradicts the present state"},
     410: {"model": ErrorBody, "description": "Was there once and never will be again"},
     413: {"model": ErrorBody, "description": "Larger than the configuration allows"},
+    429: {"model": ErrorBody, "description": "Asked faster than one may; Retry-After says when to go on"},
     503: {"model": ErrorBody, "description": "Cannot be done at the moment"},
     507: {"model": ErrorBody, "description": "The disk is full"},
 }

@@ -11,6 +11,7 @@ from blockyard_api.backends.spawner import Spawner
 from blockyard_api.bundles.deploy import Deployments
 from blockyard_api.errors import Forbidden, NotFound, Unauthorized
 from blockyard_api.identity.tokens import Principal, Tokens
+from blockyard_api.relay.origin import original_address
 from blockyard_api.sessions.address import Addresses
 from blockyard_api.sessions.registry import Sessions
 from blockyard_api.settings import Settings
@@ -44,13 +45,21 @@ def services(request: Request) -> Services:
     return built
 
 
+def client_address(request: Request, provided: Annotated[Services, Depends(services)]) -> str:
+    """Return who is asking: the peer, or what the last proxy that is not trusted told of itself to those that are."""
+    peer = request.client.host if request.client is not None else ""
+    told = ",".join(request.headers.getlist("x-forwarded-for")).split(",")
+    return original_address(peer, [hop.strip() for hop in told], provided.settings.server.trusted_proxies)
+
+
 async def visitor(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Principal | None:
     """Return who calls, or None for nobody; a wrong token is an error all the same."""
     if credentials is None:
         return None
-    return await services(request).tokens.authenticate(credentials.credentials)
+    provided = services(request)
+    return await provided.tokens.authenticate(credentials.credentials, client_address(request, provided))
 
 
 def caller(principal: Annotated[Principal | None, Depends(visitor)]) -> Principal:
@@ -88,6 +97,7 @@ def administrator(principal: Annotated[Principal, Depends(caller)]) -> Principal
 
 
 Provided = Annotated[Services, Depends(services)]
+ClientAddress = Annotated[str, Depends(client_address)]
 Caller = Annotated[Principal, Depends(caller)]
 Visitor = Annotated[Principal | None, Depends(visitor)]
 Administrator = Annotated[Principal, Depends(administrator)]

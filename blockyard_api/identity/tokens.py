@@ -1,5 +1,6 @@
 """Access tokens: made once, shown once, stored as SHA-256, checked on every request."""
 
+import asyncio
 import hashlib
 import secrets
 import time
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 
 from sqlalchemy import delete, insert, select, update
 
-from blockyard_api.errors import BadRequest, Forbidden, Gone, NotFound, Unauthorized
+from blockyard_api.errors import BadRequest, Forbidden, Gone, NotFound, TooMany, Unauthorized
+from blockyard_api.identity.allowance import Allowance
 from blockyard_api.store.database import Database
 from blockyard_api.store.tables import bootstrap_tokens, tokens, users
 
@@ -17,6 +19,7 @@ PREFIX = "by_"
 DAY = 86400.0
 DEFAULT_LIFETIME = 90 * DAY
 LONGEST_LIFETIME = 366 * DAY
+_WRONG, _WRONG_PER_SECOND = 20, 0.2  # wrong tokens of one client address; right ones are not counted
 _SEEN_EVERY = 60.0  # seconds between two writes of last_used_at: a write a request would serialise all of them
 
 
@@ -58,6 +61,10 @@ class Tokens:
 
     Principals are kept in memory, since the relay asks for each request of a private app. Every change goes through
     this object, so what is kept is never out of date.
+
+    A client address that sends many wrong tokens is told to wait, and what it sends is looked up one at a time, so
+    that guessing costs the others nothing. A right token is right all the same: whoever guesses shares his address
+    with a whole office, and 256 random bits are not guessed.
     """
 
     def __init__(self, database: Database, revoked: Callable[[str], None] = lambda _token_id: None) -> None:
@@ -66,14 +73,20 @@ class Tokens:
         self._known: dict[str, Principal] = {}
         self._seen: dict[str, float] = {}
         self._revocations = 0
+        self._wrong = Allowance(_WRONG, _WRONG_PER_SECOND)
+        self._in_turn = asyncio.Lock()  # for addresses that have sent too many wrong ones
 
-    async def authenticate(self, plain: str) -> Principal:
-        """Return who a token belongs to. Raises Unauthorized."""
+    async def authenticate(self, plain: str, client: str = "") -> Principal:
+        """Return who a token belongs to.
+
+        Raises Unauthorized, or TooMany for a `client` address that has sent many wrong ones.
+        """
         now = time.time()
         hashed = digest(plain)
-        principal = self._known.get(hashed) or await self._look_up(hashed)
+        principal = self._known.get(hashed) or await self._look_up_for(client, hashed)
         if principal is None or principal.expires_at <= now:
             self._known.pop(hashed, None)
+            self._note_wrong(client)
             raise _unknown()
         if now - self._seen.get(principal.token_id, 0) > _SEEN_EVERY:
             self._seen[principal.token_id] = now
@@ -84,6 +97,16 @@ class Tokens:
             if hashed not in self._known:  # revoked while that was written
                 raise _unknown()
         return principal
+
+    def _note_wrong(self, client: str) -> None:
+        if (wait := self._wrong.spend(client)) > 0:
+            raise TooMany("too_many_wrong_tokens", "This address sends too many wrong tokens; wait, then log in.", wait)
+
+    async def _look_up_for(self, client: str, hashed: str) -> Principal | None:
+        if self._wrong.wait(client) > 0:
+            async with self._in_turn:
+                return await self._look_up(hashed)
+        return await self._look_up(hashed)
 
     async def _look_up(self, hashed: str) -> Principal | None:
         columns = (users.c.sub, users.c.role, users.c.email, users.c.name, tokens.c.id, tokens.c.expires_at)
@@ -161,13 +184,17 @@ class Tokens:
             await connection.execute(insert(bootstrap_tokens).values(hash=digest(plain), created_at=time.time()))
         return plain
 
-    async def bootstrap(self, plain: str) -> tuple[Token, str]:
-        """Exchange the one-time token for an administrator's access token. Raises Gone or Forbidden."""
+    async def bootstrap(self, plain: str, client: str = "") -> tuple[Token, str]:
+        """Exchange the one-time token for an administrator's access token.
+
+        Raises Gone or Forbidden, or TooMany for a `client` address that has sent many wrong ones.
+        """
         async with self._database.begin() as connection:
             row = (
                 await connection.execute(select(bootstrap_tokens).where(bootstrap_tokens.c.hash == digest(plain)))
             ).first()
             if row is None:
+                self._note_wrong(client)
                 raise Forbidden(
                     "invalid_bootstrap_token", "Ask the server: 'blockyard-api token --bootstrap' makes one."
                 )

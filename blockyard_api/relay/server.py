@@ -1,7 +1,6 @@
 """The relay as a whole: its listeners, limits and clock, who is connected, and the pool of each worker."""
 
 import asyncio
-import ipaddress
 import math
 import socket
 from collections import Counter
@@ -10,9 +9,8 @@ from dataclasses import dataclass
 from blockyard_api.relay.connection import ClientConnection, Patience
 from blockyard_api.relay.gate import Gate, Reply, Upstream
 from blockyard_api.relay.head import Request, refusal
+from blockyard_api.relay.origin import Network, is_within, original_address
 from blockyard_api.relay.upstream import Pool
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +124,7 @@ class Relay:
             return refusal(503, "The server is stopping.", (b"Retry-After", b"5"))
         if len(self._connections) > self._limits.connections:
             return refusal(503, "Too many connections are open.", (b"Retry-After", b"10"))
-        if self._addresses[address] > self._limits.connections_per_address and not self._is_trusted(address):
+        if self._addresses[address] > self._limits.connections_per_address and not is_within(address, self._trusted):
             return refusal(429, "Too many connections from one address.", (b"Retry-After", b"10"))
         return None
 
@@ -156,7 +154,7 @@ class Relay:
     def origin(self, peer: str, request: Request) -> tuple[str, bool, bytes]:
         """Return the visitor's address, whether https was used, and the X-Forwarded fields for the worker."""
         host = request.host or b"localhost"
-        if not self._trusted or not self._is_trusted(peer):
+        if not is_within(peer, self._trusted):
             scheme = b"https" if self._secure else b"http"
             fields = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n"
             return peer, self._secure, fields % (peer.encode(), scheme, host)
@@ -167,11 +165,7 @@ class Relay:
         hops = [
             hop.strip(b" \t").decode("latin-1") for line in said.get(b"x-forwarded-for", ()) for hop in line.split(b",")
         ]
-        client = peer
-        for hop in reversed(hops):
-            if not self._is_trusted(client) or not _is_address(hop):
-                break
-            client = hop
+        client = original_address(peer, hops, self._trusted)
         secure = self._secure
         proto = said.get(b"x-forwarded-proto", [])
         if proto in ([b"http"], [b"https"]):
@@ -182,12 +176,6 @@ class Relay:
             said.get(b"x-forwarded-host", [host])[0],
         )
         return client, secure, fields
-
-    def _is_trusted(self, address: str) -> bool:
-        if not self._trusted or not _is_address(address):
-            return False
-        parsed = ipaddress.ip_address(address)
-        return any(parsed in network for network in self._trusted)
 
     def _on_tick(self) -> None:
         for connection in list(self._connections):
@@ -200,11 +188,3 @@ class Relay:
         self._clock = None
         if self._connections or self._pools:
             self._clock = asyncio.get_running_loop().call_later(self._tick, self._on_tick)
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True

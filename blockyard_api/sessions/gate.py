@@ -18,7 +18,7 @@ from blockyard_api.errors import BadGateway, BlockyardError, Forbidden, NotFound
 from blockyard_api.identity.tokens import Principal, Tokens
 from blockyard_api.relay.gate import Forward, Header, Reply, RequestHead, Verdict
 from blockyard_api.sessions.address import Addresses
-from blockyard_api.sessions.registry import Session, Sessions
+from blockyard_api.sessions.registry import Session, Sessions, holder
 from blockyard_api.workers.fleet import Fleet, Worker
 from blockyard_api.workers.life import State
 
@@ -72,7 +72,7 @@ class AppGate:
         principal = None
         if scheme.lower() == b"bearer":
             try:
-                principal = await self._tokens.authenticate(plain.decode("latin-1").strip())
+                principal = await self._tokens.authenticate(plain.decode("latin-1").strip(), head.client)
                 app = self._catalog.get(app.id)
             except BlockyardError as error:
                 return _refusal(head, error)
@@ -148,7 +148,9 @@ class AppGate:
             return False
         if worker.state not in (State.ACTIVE, State.DRAINING):
             return False
-        return session.key in worker.slots or self._fleet.hold(worker, session.key)
+        if session.key in worker.slots:
+            return True
+        return self._fleet.hold(worker, session.key, holder(visit.principal, visit.head.client))
 
     async def _enter(self, visit: "_Visit", session: Session | None) -> Verdict:
         """Give the visitor a slot, and wait until its worker serves."""
@@ -165,7 +167,7 @@ class AppGate:
                 self._sessions.drop(session)  # the next try begins anew
                 return _refusal(head, _ending(session.worker))
             elif session.worker.state not in (State.STARTING, State.ACTIVE) or session.key not in session.worker.slots:
-                await self._sessions.move(session, app)
+                await self._sessions.move(session, app, visit.principal, head.client)
             worker = session.worker
             if not worker.ready.done() and _navigates(head):
                 return self._loading(app, cookies)

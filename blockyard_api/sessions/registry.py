@@ -6,7 +6,6 @@ WebSocket, longer after a WebSocket dropped, so that its owner finds his state a
 
 import asyncio
 import hashlib
-import ipaddress
 import logging
 import secrets
 import time
@@ -18,6 +17,7 @@ from sqlalchemy import Executable, bindparam, func, insert, select, update
 
 from blockyard_api.apps.catalog import App
 from blockyard_api.errors import OutOfSpace, TooMany
+from blockyard_api.identity.allowance import Allowance, neighbourhood
 from blockyard_api.identity.tokens import Principal, digest
 from blockyard_api.settings import Proxy
 from blockyard_api.store.database import Database, StoreUnavailable
@@ -27,7 +27,6 @@ from blockyard_api.workers.life import State
 
 PAGE_WINDOW = 15.0  # seconds between a page and its WebSocket: a crawler holds a slot no longer
 _BURST, _PER_SECOND = 30, 3.0  # new sessions of one client address; assets and known visitors are not counted
-_MOST_CLIENTS = 10_000
 _RECENT = 7 * 86400.0
 
 log = logging.getLogger(__name__)
@@ -74,6 +73,11 @@ class Views:
     total: int
     recent: int  # 7 days
     visitors: int
+
+
+def holder(principal: Principal | None, client: str) -> str:
+    """Name who answers for a slot: the user, or the client address where nobody is logged in."""
+    return f"user {principal.sub}" if principal is not None else neighbourhood(client)
 
 
 class Tracker:
@@ -123,7 +127,7 @@ class Sessions:
         self._fleet = fleet
         self._database = database
         self._sessions: dict[str, Session] = {}
-        self._budgets: dict[str, tuple[float, float]] = {}  # client address: what is left, and when that was
+        self._allowed = Allowance(_BURST, _PER_SECOND)
 
     def find(self, cookie: str, app: App, principal: Principal | None) -> Session | None:
         """Return the visitor's session, if the cookie is one, of this app and this user, and not too old."""
@@ -145,11 +149,12 @@ class Sessions:
 
         Raises TooMany for an address that begins too many, Unavailable where there is no slot.
         """
-        self._spend(client)
+        if (wait := self._allowed.spend(client)) > 0:
+            raise TooMany("too_many_sessions", "This address opens apps too fast; try again shortly.", wait)
         cookie = secrets.token_urlsafe(24)
         key = digest(cookie)
         now = time.time()
-        worker = self._fleet.place(app, key)
+        worker = self._fleet.place(app, key, holder(principal, client))
         session = Session(
             key,
             app.id,
@@ -176,10 +181,13 @@ class Sessions:
         await self._record(insert(table).values(**row))
         return session, cookie
 
-    async def move(self, session: Session, app: App) -> None:
-        """Give a known visitor a slot again: on his worker if that can be, else on another. Raises Unavailable."""
+    async def move(self, session: Session, app: App, principal: Principal | None, client: str) -> None:
+        """Give a known visitor a slot again: on his worker if that can be, else on another.
+
+        Raises Unavailable, or TooMany for one whose address holds too many.
+        """
         old = session.worker
-        worker = self._fleet.place(app, session.key)
+        worker = self._fleet.place(app, session.key, holder(principal, client))
         self.let_lapse(session, dropped=False)
         if worker is not old:
             session.worker = worker
@@ -198,18 +206,6 @@ class Sessions:
                 await connection.execute(statement)
         except (OutOfSpace, StoreUnavailable) as error:  # the visitor is served; only a restart would not know him
             log.warning("a session is not recorded: %s", error.message)
-
-    def _spend(self, client: str) -> None:
-        now = time.monotonic()
-        client = _neighbourhood(client)
-        left, since = self._budgets.get(client, (_BURST, now))
-        left = min(_BURST, left + (now - since) * _PER_SECOND)
-        if left < 1:
-            raise TooMany("too_many_sessions", "This address opens apps too fast; try again shortly.", 1 / _PER_SECOND)
-        if len(self._budgets) >= _MOST_CLIENTS:
-            full_again = now - _BURST / _PER_SECOND
-            self._budgets = {who: budget for who, budget in self._budgets.items() if budget[1] > full_again}
-        self._budgets[client] = (left - 1, now)
 
     def let_lapse(self, session: Session, *, dropped: bool) -> None:
         """Start the time after which the slot is free, unless something of the visitor's is open by then."""
@@ -276,7 +272,9 @@ class Sessions:
                 row.hash, row.app_id, row.user_sub, row.token_id, worker, row.created_at, row.last_seen_at
             )
             self._sessions[row.hash] = session
-            if self._fleet.hold(worker, row.hash):
+            # of a stranger's address nothing is written down, so he counts by himself until he is given a slot anew
+            who = f"user {row.user_sub}" if row.user_sub else f"session {row.hash}"
+            if self._fleet.hold(worker, row.hash, who):
                 self.let_lapse(session, dropped=True)
         await self.save()
 
@@ -317,12 +315,3 @@ class Sessions:
         async with self._database.begin() as connection:
             total, lately, visitors = (await connection.execute(query)).one()
         return Views(total, lately, visitors)
-
-
-def _neighbourhood(client: str) -> str:
-    """Return the address, or the first half of an IPv6 one: whoever has one of those has all that share it."""
-    try:
-        address = ipaddress.ip_address(client)
-    except ValueError:  # no TCP peer
-        return client
-    return client if address.version == 4 else f"{int(address) >> 64:x}"

@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from sqlalchemy.dialects.sqlite import insert
 from blockyard_api.apps.catalog import App, Catalog, SwitchedOff
 from blockyard_api.backends.spawner import Result, Spawner, SpawnerRefused, SpawnerUnreachable
 from blockyard_api.backends.worker_socket import WorkerSocket
-from blockyard_api.errors import OutOfSpace, Unavailable
+from blockyard_api.errors import OutOfSpace, TooMany, Unavailable
 from blockyard_api.host.notify import ServiceManager
 from blockyard_api.settings import Settings
 from blockyard_api.store.database import Database, StoreUnavailable
@@ -35,6 +36,9 @@ from blockyard_spawner import protocol
 GRACE = 5.0  # seconds an app has for onStop and onSessionEnded
 _LOOK_AGAIN = 0.01  # seconds between two looks for the socket: its directory may be entered but not watched
 _BACKOFF_FIRST, _BACKOFF_MOST = 1.0, 60.0  # seconds
+_HOST_PAUSE = 2.0  # seconds until a start that failed for the host's sake is tried again
+_OF_THE_HOST = frozenset({"uid_pool_exhausted", "no_cgroup", "limits_unavailable", "exec_failed", "system_error"})
+_PLACE_AGAIN = 15.0  # seconds: a page that opens no WebSocket has lost its slot by then
 _SETTLED = 10.0  # seconds an app must live to count as started well
 _STOP_ATTEMPTS = 5
 _LAST_WORDS = 2.0  # seconds a pipe may stay open after its worker's end
@@ -64,7 +68,8 @@ class Worker:
     end_reason: str | None = None
     last_activity: float = field(default_factory=time.monotonic)
     idle_since: float | None = None  # epoch
-    slots: set[str] = field(default_factory=set)
+    slots: dict[str, str] = field(default_factory=dict)  # a session's key → who answers for it
+    host_failed: bool = False  # there was no start, and the app is not to blame
     socket: WorkerSocket | None = None
     cgroup: str = ""
     uid: int | None = None
@@ -96,13 +101,52 @@ class Worker:
 
 
 @dataclass(eq=False, slots=True)
-class _Pool:
-    """One app's workers, and how it fared lately."""
+class _Setback:
+    """How often something failed in a row, why, and until when it is not tried again."""
 
-    workers: list[Worker] = field(default_factory=list)
     failures: int = 0
     not_before: float = 0.0  # monotonic
-    failure: str = ""
+    why: str = ""
+
+    @property
+    def wait(self) -> int:
+        """Seconds until the next try, rounded up."""
+        return max(0, math.ceil(self.not_before - time.monotonic()))
+
+    @property
+    def forgiven(self) -> bool:
+        """Whether it is so long ago that the next one would be a first."""
+        return self.not_before + _BACKOFF_MOST < time.monotonic()
+
+    def grow(self, why: str) -> None:
+        """Note one more failure; each doubles the wait."""
+        self.failures += 1
+        self.pause(why, min(_BACKOFF_FIRST * 2 ** (self.failures - 1), _BACKOFF_MOST))
+
+    def pause(self, why: str, seconds: float) -> None:
+        """Note a failure that is nobody's fault here."""
+        self.why, self.not_before = why, time.monotonic() + seconds
+
+
+@dataclass(eq=False, slots=True)
+class _Pool:
+    """One app's workers, and how it fared lately: by itself, and in whose hands."""
+
+    workers: list[Worker] = field(default_factory=list)
+    setback: _Setback = field(default_factory=_Setback)
+    visitors: dict[str, _Setback] = field(default_factory=dict)
+
+    def blame(self, visitors: Iterable[str], why: str) -> None:
+        """Note that a worker fell under these visitors."""
+        self.visitors = {who: setback for who, setback in self.visitors.items() if not setback.forgiven}
+        for who in set(visitors):
+            self.visitors.setdefault(who, _Setback()).grow(why)
+
+    def clear(self, visitors: Iterable[str]) -> None:
+        """Note that a worker lived well under these visitors."""
+        self.setback = _Setback()
+        for who in visitors:
+            self.visitors.pop(who, None)
 
 
 class Fleet:
@@ -130,37 +174,54 @@ class Fleet:
         self._pools: dict[str, _Pool] = {}
         self._workers: dict[str, Worker] = {}
         self._lives: set[asyncio.Task[None]] = set()
+        self._held: dict[str, Counter[str]] = {}  # who answers for a slot → the keys, and how many workers each is on
         self._closing = False
         self.adopted = asyncio.Event()
 
     # --- slots ---------------------------------------------------------------------------------------------------
 
-    def place(self, app: App, key: str) -> Worker:
-        """Reserve a slot of an app for a visitor, starting a worker if none is free.
+    def place(self, app: App, key: str, holder: str) -> Worker:
+        """Reserve a slot of an app for a visitor, starting a worker if none is free; `holder` answers for it.
 
-        Raises NotFound or Unavailable: the app is gone, is switched off, has no bundle, is backing off, or is full.
+        Raises NotFound or Unavailable: the app is gone, is switched off, has no bundle, is backing off, or is full;
+        and TooMany for a holder of as many slots as one may have.
         """
         if not self.adopted.is_set():
             raise SpawnerUnreachable("workers are not adopted yet")
         app = self._catalog.get(app.id)  # the caller's may be from before a redeploy
         if not app.enabled:
             raise SwitchedOff
+        if not self._may_hold(key, holder):
+            raise TooMany(
+                "too_many_pages", "As many pages as one may have are open from your address; close one.", _PLACE_AGAIN
+            )
+        pool = self._pools.get(app.id)
+        if pool is not None and (setback := pool.visitors.get(holder)) is not None and (wait := setback.wait):
+            raise StartFailed("start_failed", f"{setback.why} It is tried again in {wait} s.", retry_after=wait)
         worker = self._free(app) or self._launch(app)
-        self._give(worker, key)
+        self._give(worker, key, holder)
         self.reconcile(app.id)
         return worker
 
-    def hold(self, worker: Worker, key: str) -> bool:
-        """Reserve a slot of this very worker again for a visitor who comes back; False if it has none left."""
+    def hold(self, worker: Worker, key: str, holder: str) -> bool:
+        """Reserve a slot of this very worker again for a visitor who comes back; False if there is none for him."""
         if worker.over.done() or worker.state not in (State.STARTING, State.ACTIVE, State.DRAINING):
             return False
-        if key not in worker.slots and len(worker.slots) >= worker.capacity:
+        if key in worker.slots:
+            return True
+        if len(worker.slots) >= worker.capacity or not self._may_hold(key, holder):
             return False
-        self._give(worker, key)
+        self._give(worker, key, holder)
         return True
 
-    def _give(self, worker: Worker, key: str) -> None:
-        worker.slots.add(key)
+    def _may_hold(self, key: str, holder: str) -> bool:
+        held = self._held.get(holder, Counter())
+        return key in held or len(held) < self._settings.proxy.max_sessions_per_visitor
+
+    def _give(self, worker: Worker, key: str, holder: str) -> None:
+        self._take(worker, key)
+        worker.slots[key] = holder
+        self._held.setdefault(holder, Counter())[key] += 1
         worker.idle_since = None
         worker.touch()
 
@@ -168,11 +229,20 @@ class Fleet:
         """Free a visitor's slot, if he holds one there; a draining worker ends with its last one."""
         if key not in worker.slots:
             return
-        worker.slots.remove(key)
+        self._take(worker, key)
         if not worker.slots:
             worker.idle_since = time.time()
             if worker.state is State.DRAINING:
                 worker.end("redeployed")
+
+    def _take(self, worker: Worker, key: str) -> None:
+        if (holder := worker.slots.pop(key, None)) is not None:
+            held = self._held[holder]
+            held[key] -= 1
+            if not held[key]:
+                del held[key]
+            if not held:
+                del self._held[holder]
 
     def _free(self, app: App) -> Worker | None:
         fitting = [worker for worker in self._current(app) if len(worker.slots) < worker.capacity]
@@ -207,7 +277,7 @@ class Fleet:
 
     def failure(self, app: App) -> str:
         """Why the app's last start failed, or nothing."""
-        return self._pools[app.id].failure if app.id in self._pools else ""
+        return self._pools[app.id].setback.why if app.id in self._pools else ""
 
     def any_active(self, app: App) -> Worker | None:
         """Return some worker that serves the app's bundle now, without reserving anything."""
@@ -230,7 +300,7 @@ class Fleet:
                 if not worker.slots or worker.state is State.STARTING:
                     worker.end("redeployed")
         pool = self._pools.get(app.id)
-        if not app.enabled or app.active_bundle is None or (pool and pool.not_before > time.monotonic()):
+        if not app.enabled or app.active_bundle is None or (pool and pool.setback.wait):
             return
         free = self._free_slots(app)
         while free < app.pre_warmed_sessions and self._room(app):
@@ -243,8 +313,7 @@ class Fleet:
     def settle(self, app: App) -> None:
         """Forget past failures: a new bundle or a person's wish deserves a start at once."""
         if app.id in self._pools:
-            pool = self._pools[app.id]
-            pool.failures, pool.not_before, pool.failure = 0, 0.0, ""
+            self._pools[app.id].clear(list(self._pools[app.id].visitors))
 
     def end_idle(self) -> None:
         """End workers that no visitor has used for `idle_worker_timeout`, but for the warm slots an app wants."""
@@ -287,8 +356,8 @@ class Fleet:
             raise Unavailable("stopping", "The server is stopping; try again.", 5)
         if app.active_bundle is None:
             raise Unavailable("no_bundle", "This app has no bundle yet; deploy one with 'by deploy'.")
-        if (wait := math.ceil(pool.not_before - time.monotonic())) > 0:
-            raise StartFailed("start_failed", f"{pool.failure} It is tried again in {wait} s.", retry_after=wait)
+        if wait := pool.setback.wait:
+            raise StartFailed("start_failed", f"{pool.setback.why} It is tried again in {wait} s.", retry_after=wait)
         if self.count >= self._settings.proxy.max_workers:
             self._make_room()
             raise Unavailable("server_full", "The server runs as many workers as it may; try again later.", 5)
@@ -304,6 +373,7 @@ class Fleet:
             app.memory_bytes or default,
             loop.create_future(),
             loop.create_future(),
+            started_at=time.time(),
         )
         self._enrol(worker)
         self._start(self._live(worker, app, None))
@@ -338,9 +408,11 @@ class Fleet:
         try:
             pidfd, read_end = adopted or await self._spawn(worker, app)
         except (SpawnerRefused, SpawnerUnreachable) as error:
+            worker.host_failed = isinstance(error, SpawnerUnreachable) or error.code in _OF_THE_HOST
             worker.end(error.message.rstrip("."))  # it goes into sentences that end by themselves
             return Result("unknown")
         except OSError as error:  # no descriptor is left for a log pipe
+            worker.host_failed = True
             worker.end(f"the server could not start it: {error.strerror}")
             return Result("unknown")
         async with asyncio.TaskGroup() as group:
@@ -456,24 +528,36 @@ class Fleet:
         pool = self._pools[worker.app_id]
         pool.workers.remove(worker)
         del self._workers[worker.id]
-        well = started and worker.ended_at - worker.started_at > _SETTLED
-        if well or (started and worker.wished):
-            pool.failures, pool.not_before, pool.failure = 0, 0.0, ""
-        elif not worker.wished:
-            pool.failures += 1
-            pool.failure = (
-                f"The app could not start: {_sentence(worker, result)}."
-                if not started
-                else (f"The app stopped soon after its start: {worker.end_reason}.")
-            )
-            pool.not_before = time.monotonic() + min(_BACKOFF_FIRST * 2 ** (pool.failures - 1), _BACKOFF_MOST)
+        self._judge(worker, pool, _sentence(worker, result), started=started)
+        for key in list(worker.slots):
+            self._take(worker, key)
         if not started:
             worker.ready.set_exception(
-                StartFailed("start_failed", pool.failure or f"The app ended: {worker.end_reason}.")
+                StartFailed("start_failed", pool.setback.why or f"The app ended: {worker.end_reason}.")
             )
         await worker_log.append(stamp(f"worker ended: {worker.end_reason}"))
         await self._record(worker)
         self.reconcile(app.id)
+
+    def _judge(self, worker: Worker, pool: _Pool, why: str, *, started: bool) -> None:
+        """Note who is to wait for an end like this.
+
+        A start that fails is the app's fault, or the host's. A worker that had come to serve and falls at once does
+        so in somebody's hands: a visitor who can crash the app keeps himself from it, and nobody else.
+        """
+        lived = (worker.ended_at or time.time()) - worker.started_at
+        if started and (worker.wished or lived > _SETTLED):
+            pool.clear(worker.slots.values())
+        elif worker.wished:
+            return
+        elif worker.host_failed:
+            pool.setback.pause(f"The app could not start: {why}.", _HOST_PAUSE)
+        elif not started:
+            pool.setback.grow(f"The app could not start: {why}.")
+        elif worker.slots:
+            pool.blame(worker.slots.values(), f"The app stopped soon after its start: {worker.end_reason}.")
+        else:
+            pool.setback.grow(f"The app stopped soon after its start: {worker.end_reason}.")
 
     async def _record(self, worker: Worker) -> None:
         row = {

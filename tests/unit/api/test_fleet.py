@@ -396,7 +396,7 @@ async def test_placing_before_the_adoption_is_an_error_with_a_sentence(control):
     made = await control.app()
     control.fleet.adopted.clear()
     with pytest.raises(Unavailable, match="not adopted"):
-        control.fleet.place(made, "key")
+        control.fleet.place(made, "key", "192.0.2.1")
     control.fleet.adopted.set()
 
 
