@@ -9,6 +9,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+_MOST_CONNECTIONS = 2000
+_MOST_OF_ONE_ADDRESS = 500  # a proxy in front of all is one, too
 _HEAD_WITHIN = 30.0  # seconds from a connection's, or a request's, first moment to the end of its head
 _MOST_HEAD = 65536  # bytes
 _MOST_BODY = 1 << 20  # bytes; of all routes but the upload, which has its own bound, and knows by then who sends
@@ -44,6 +46,10 @@ class _BoundedHeads(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
         self._await_head()
+        if len(self.connections) > _MOST_CONNECTIONS:
+            self._turn_away(b"503 Service Unavailable", "Too many connections are open; try again shortly.")
+        elif sum(_address(other) == _address(self) for other in self.connections) > _MOST_OF_ONE_ADDRESS:
+            self._turn_away(b"429 Too Many Requests", "Too many connections from one address are open; close some.")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._have_head()
@@ -78,11 +84,20 @@ class _BoundedHeads(HttpToolsProtocol):
             self._due.cancel()
             self._due = None
 
-    def _refuse(self, status: bytes, code: str, message: str) -> None:
+    def _turn_away(self, status: bytes, message: str) -> None:
+        self._refuse(status, "too_many_connections", message, b"Retry-After: 10\r\n")
+
+    def _refuse(self, status: bytes, code: str, message: str, more: bytes = b"") -> None:
         body = json.dumps({"error": code, "message": message}).encode()
-        head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
-        self.transport.write(head % (status, len(body)) + body)
+        head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%bConnection: close\r\n\r\n"
+        self.transport.write(head % (status, len(body), more) + body)
         self.transport.close()
+
+
+def _address(connection: object) -> str | None:
+    """Return a connection's other end; uvicorn's set of them holds both its protocols, which have that in common."""
+    client: tuple[str, int] | None = getattr(connection, "client", None)
+    return client[0] if client else None
 
 
 class _BoundedBodies:

@@ -142,6 +142,28 @@ async def test_the_way_to_an_app_leads_to_that_app_on_the_apps_origin_and_nowher
     assert location.lower() == f"http://127.0.0.1:8081/app/plain/{meant}".lower()
 
 
+AWAY = [
+    before + host + after
+    for before in ("//", "/\\", "\\\\", "/%09/", "%2f%2f", "%5c%5c", "https://", "https:/",
+                   "javascript:", "@", ".", "%0d%0a", "?next=//")
+    for host in ("evil.example", "127.0.0.1:8081@evil.example", "evil%E3%80%82example", "[::1]")
+    for after in ("", "/%2e%2e")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rest", AWAY)
+async def test_no_spelling_of_what_follows_an_app_leads_away_from_its_origin(client, rest):
+    for start in ("/app/plain/", "/app/plain"):
+        answer = await client.get(httpx.URL(f"http://test{start}").copy_with(raw_path=f"{start}{rest}".encode()))
+        assert answer.status_code in (307, 404)
+        if answer.status_code == 307:
+            where = httpx.URL(answer.headers["location"])
+            assert (where.scheme, where.host, where.port) == ("http", "127.0.0.1", 8081)
+            assert not where.userinfo
+            assert where.raw_path.startswith(b"/app/plain/")
+            assert not set("\r\n\t\\ ") & set(answer.headers["location"])
+
+
 @pytest.mark.parametrize(
     "path", ["/app/%70lain/x", "/app/PLAIN/", "/app//evil.example/", "/app/plain%2fx/", "/app/a.b/"]
 )

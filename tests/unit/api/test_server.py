@@ -64,6 +64,36 @@ async def test_a_head_that_does_not_come_in_time_ends_its_connection(listening, 
     await ok(connect)
 
 
+async def test_one_address_cannot_take_all_connections(listening, connect):
+    for _ in range(500):
+        await connect()
+    reader, _ = await connect()
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 429")
+    assert b"Retry-After: " in answer
+    reader, writer = await asyncio.open_connection(*listening.address, local_addr=("127.0.0.2", 0))
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert (await reader.read()).startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+async def test_a_thousand_idle_connections_are_gone_after_a_while_and_hold_up_nobody_meanwhile(
+    listening, connect, clock
+):
+    crowd = []
+    for number in range(1000):
+        address = (f"127.0.0.{2 + number // 400}", 0)
+        crowd.append(await asyncio.open_connection(*listening.address, local_addr=address))
+        crowd[-1][1].write((b"", b"GET / HT", b"POST / HTTP/1.1\r\nX-Slow: ")[number % 3])
+    await until(lambda: len(listening.server_state.connections) == 1000, "all connections")
+    await ok(connect)
+    await asyncio.sleep(0.1)
+    await clock.advance(31)
+    await until(lambda: not listening.server_state.connections, "the end of all")
+    for _, writer in crowd:
+        writer.close()
+
+
 async def test_a_connection_that_is_used_again_has_the_time_anew(listening, connect, clock):
     reader, writer = await connect()
     for _ in range(3):

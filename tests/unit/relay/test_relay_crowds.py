@@ -1,0 +1,82 @@
+"""Crowds that come to take and not to ask: whoever comes after them is served, and they are gone after a while."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+GET = b"GET / HTTP/1.1\r\nHost: demo\r\n\r\n"
+UPGRADE = (
+    b"GET /websocket/ HTTP/1.1\r\nHost: demo\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+SLOW = {
+    "nothing": b"",
+    "half a request line": b"GET / HT",
+    "a head without end": b"GET / HTTP/1.1\r\nHost: demo\r\nX-Slow: ",
+    "a body that does not come": b"POST / HTTP/1.1\r\nHost: demo\r\nContent-Length: 1000000\r\n\r\nx",
+    "a chunk that does not come": b"POST / HTTP/1.1\r\nHost: demo\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+}
+
+
+async def upgrade_or_answer(turn):
+    await turn.body()
+    if turn.values("upgrade"):
+        await turn.send(SWITCH)
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await turn.reader.readexactly(1 << 20)
+        turn.close()
+    else:
+        await turn.answer(b"served")
+
+
+async def gone(stage, left=0):
+    for _ in range(1000):
+        if stage.relay.open_connections <= left:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"{stage.relay.open_connections} are still connected")
+
+
+@pytest.mark.parametrize("sent", SLOW.values(), ids=SLOW)
+async def test_a_crowd_that_sends_too_slowly_is_gone_after_a_while_and_holds_up_nobody(staging, sent):
+    stage = await staging(head=1.0, idle=1.0, upload=1.0, linger=0.2)
+    stage.worker.script = upgrade_or_answer
+    for _ in range(300 if b"POST" not in sent else 100):  # a request that has begun takes one of the worker's places
+        await (await stage.client()).send(sent)
+    assert (await stage.get()).body == b"served"
+    await gone(stage, left=1)
+    assert (await stage.get()).body == b"served"
+
+
+async def test_a_thousand_idle_websockets_hold_up_nobody(staging):
+    stage = await staging(connections_per_address=2000)
+    stage.worker.script = upgrade_or_answer
+    for _ in range(1000):
+        client = await stage.client()
+        await client.send(UPGRADE)
+        assert (await client.head()).status == 101
+    assert stage.relay.open_websockets == 1000
+    for _ in range(20):
+        assert (await stage.get()).body == b"served"
+    for client in stage.clients:
+        client.writer.close()
+    await gone(stage)
+    assert stage.relay.open_websockets == 0
+
+
+async def test_an_address_with_as_many_websockets_as_one_may_have_is_told_and_others_are_served(staging):
+    stage = await staging(connections_per_address=50)
+    stage.worker.script = upgrade_or_answer
+    for _ in range(50):
+        client = await stage.client()
+        await client.send(UPGRADE)
+        assert (await client.head()).status == 101
+    refused = await (await stage.client()).head()
+    assert refused.status == 429
+    assert refused.values("Retry-After")
+    reader, writer = await asyncio.open_connection("127.0.0.1", stage.port, local_addr=("127.0.0.9", 0))
+    writer.write(GET)
+    assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+    writer.close()
