@@ -102,7 +102,7 @@ def _our_start(pair: Pair) -> float:
 def spawn(rounds: int) -> list[Row]:
     """Time from the spawn request to the reply that bwrap has exec'd, on one connection, as the API does it."""
     times = []
-    with Pair("bench") as pair, _spawner(pair) as sock:
+    with Pair("bench") as pair, spawner(pair) as sock:
         pair.deploy("plain", simple_app())
         bundle = pair.http.get("/api/v1/apps/plain").json()["active_bundle"]
         for number in range(max(20, rounds * 5)):
@@ -126,7 +126,8 @@ def spawn(rounds: int) -> list[Row]:
 
 
 @contextlib.contextmanager
-def _spawner(pair: Pair) -> Iterator[socket.socket]:
+def spawner(pair: Pair) -> Iterator[socket.socket]:
+    """Connect to the spawner, as the API does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.connect(str(pair.spawner_socket))
         sock.send(protocol.encode(protocol.Hello(0, protocol.VERSION)))

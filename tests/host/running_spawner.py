@@ -126,9 +126,11 @@ class Running:
             return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
 
 
-def eventually(condition: Callable[[], Any], what: str, detail: Callable[[], str] = str) -> Any:
+def eventually(
+    condition: Callable[[], Any], what: str, detail: Callable[[], str] = str, seconds: float = DEADLINE
+) -> Any:
     """Return the first true value of `condition`; fail after the deadline."""
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
             return value

@@ -161,7 +161,8 @@ class Pair(Server):
         for line in settings.strip().splitlines():
             key, _, value = line.partition("=")
             section, _, name_ = key.strip().partition(".")
-            lines.setdefault(section, []).append(f"{name_} = {value.strip()}")
+            others = [each for each in lines.get(section, []) if not each.startswith(f"{name_} = ")]
+            lines[section] = [*others, f"{name_} = {value.strip()}"]
         self.config.write_text("".join(f"[{s}]\n" + "\n".join(each) + "\n" for s, each in lines.items()))
         self.spawner = self.api = None
         self.logs = {part: (self.root / f"{part}.log").open("ab") for part in ("spawner", "api")}

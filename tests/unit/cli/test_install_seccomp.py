@@ -1,0 +1,80 @@
+"""`by admin install-seccomp`, as an operator runs it."""
+
+import json
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockyard_api.hardening import seccomp
+
+BY = Path(sys.executable).with_name("by")
+
+
+def by(*arguments, **options):
+    return subprocess.run(
+        [BY, "admin", "install-seccomp", *map(str, arguments)],
+        capture_output=True, text=True, timeout=60, check=False, cwd="/", **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def program():
+    return seccomp.compiled(seccomp.read_policy(), seccomp.native())
+
+
+def test_the_filter_is_put_where_it_is_wanted_readable_by_all(tmp_path, program):
+    target = tmp_path / "new" / "seccomp.bpf"
+    done = by("--target", target)
+    assert done.returncode == 0, done.stderr
+    assert f"{target}: {len(program) // 8} instructions for {seccomp.native()}, tried out" in done.stdout
+    assert "restart blockyard-spawner" in done.stdout
+    assert target.read_bytes() == program
+    assert stat.S_IMODE(target.stat().st_mode) == 0o644
+
+
+def test_a_second_time_changes_nothing(tmp_path):
+    target = tmp_path / "seccomp.bpf"
+    by("--target", target)
+    before = target.stat()
+    done = by("--target", target)
+    assert done.stdout.strip().endswith("unchanged.")
+    assert (target.stat().st_ino, target.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("spoil", [lambda file: file.write_bytes(b"\0" * 8), lambda file: file.chmod(0o600)])
+def test_another_file_is_replaced_in_one_step(tmp_path, program, spoil):
+    target = tmp_path / "seccomp.bpf"
+    by("--target", target)
+    spoil(target)
+    with target.open("rb") as of_a_running_reader:
+        assert json.loads(by("--target", target, "--json").stdout)["changed"] is True
+        of_a_running_reader.seek(0)
+        assert of_a_running_reader.read() in (b"\0" * 8, program)  # the old one, whole
+    assert target.read_bytes() == program
+    assert [file.name for file in tmp_path.iterdir()] == ["seccomp.bpf"]
+
+
+def test_another_machines_filter_is_compiled_but_not_tried_out(tmp_path):
+    target = tmp_path / "seccomp.bpf"
+    other = next(name for name in seccomp.ARCHITECTURES if name != seccomp.native())
+    told = json.loads(by("--arch", other, "--target", target, "--json").stdout)
+    assert (told["architecture"], told["tried"]) == (other, False)
+    assert target.read_bytes() == seccomp.compiled(seccomp.read_policy(), other)
+
+
+def test_who_may_not_write_there_is_told_so_in_one_sentence(tmp_path):
+    tmp_path.chmod(0o755)
+    done = by("--target", tmp_path / "seccomp.bpf", user=65533, group=65533, extra_groups=[])
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "run this as root" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_architecture_is_told_so_in_one_sentence(tmp_path):
+    done = by("--arch", "riscv64", "--target", tmp_path / "seccomp.bpf")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "use x86_64 or aarch64" in done.stderr
