@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from blockyard_api.cli import credentials, seccomp
+from blockyard_api.cli import apparmor, credentials, seccomp
 from blockyard_api.cli.client import Client, Failure, path
 from blockyard_api.cli.output import Output, size
 from blockyard_api.cli.packing import pack
@@ -43,6 +43,7 @@ admin_app = typer.Typer(help="Look after the server.", no_args_is_help=True)
 app.add_typer(tokens_app, name="tokens")
 app.add_typer(admin_app, name="admin")
 admin_app.command("install-seccomp")(seccomp.install)
+admin_app.command("install-apparmor")(apparmor.install_apparmor)
 
 AppName = Annotated[str, typer.Argument(metavar="APP", help="The app's name or id.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]

@@ -1,1 +1,1 @@
-"""What an operator puts in place as root to confine workers further; nothing here runs while apps are served."""
+"""What an administrator puts around the pair: system call filter, firewall, AppArmor."""

@@ -1,0 +1,186 @@
+"""AppArmor: the profile under which the spawner's children may make user namespaces, and what else can forbid them."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+PROFILE = "blockyard"  # systemd/blockyard-spawner.service names it
+TARGET = Path("/etc/apparmor.d/blockyard")
+POLICY = Path(__file__).with_name("apparmor.profile")
+PARSER = "apparmor_parser"
+
+_SBIN = "/usr/sbin:/sbin"  # not in every administrator's PATH
+_PARSED_WITHIN = 60.0  # seconds
+_ENABLED = "sys/module/apparmor/parameters/enabled"
+_SECURITY = "sys/kernel/security/apparmor"
+
+Cause = Literal["missing_binary", "sysctl", "apparmor", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """What `install` did: whether the file is new or changed, whether the kernel has it now, and what to know."""
+
+    target: Path
+    changed: bool
+    loaded: bool
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """What keeps bwrap from making a user namespace: its kind, and one sentence each of fact and remedy."""
+
+    cause: Cause
+    fact: str
+    remedy: str
+
+
+def install(target: Path = TARGET, *, parser: str | None = None, root: Path = Path("/")) -> Installed:
+    """Write the profile, have the parser check it, and load it where the kernel has AppArmor.
+
+    A parser that does not accept it is a warning: one before version 4 does not know `userns`, and neither does a
+    kernel of its time. Such a file is linked into ``disable/``, else it would fail the start of apparmor.service.
+    `root` is where /sys is below. Raises OSError where the file cannot be written.
+    """
+    changed = _write(target, POLICY.read_bytes())
+    disabled = target.parent / "disable" / target.name
+    parser = parser or shutil.which(PARSER, path=f"{os.environ.get('PATH', os.defpath)}:{_SBIN}")
+    if parser is None:
+        return Installed(target, changed, False, ("apparmor_parser is not installed: the profile was not checked.",))
+    if disabled.is_symlink() and disabled.resolve() == target.resolve():  # ours, from when the parser was older
+        disabled.unlink()
+    if complaint := _complaint(parser, "-QT", target):
+        with contextlib.suppress(FileExistsError):
+            disabled.parent.mkdir(exist_ok=True)
+            disabled.symlink_to(f"../{target.name}")
+        return Installed(target, changed, False, (f"apparmor_parser does not accept it: {complaint}", _too_old(root)))
+    if not enabled(root):
+        return Installed(target, changed, False, ("The kernel runs without AppArmor: the profile does nothing here.",))
+    if target.parent != TARGET.parent:
+        return Installed(target, changed, False, (f"Not loaded: AppArmor reads {TARGET.parent} alone.",))
+    complaint = _complaint(parser, "-r", target)
+    warnings = (f"The kernel did not take it: {complaint}",) if complaint else ()
+    return Installed(target, changed, not complaint, warnings)
+
+
+def enabled(root: Path = Path("/")) -> bool:
+    """Tell whether the kernel runs with AppArmor."""
+    return _read(root / _ENABLED) == "Y"
+
+
+def mediates_user_namespaces(root: Path = Path("/")) -> bool:
+    """Tell whether a profile can forbid user namespaces: kernels from 6.7 on."""
+    return enabled(root) and "userns_create" in _read(root / _SECURITY / "features/namespaces/mask")
+
+
+def loaded(root: Path = Path("/")) -> bool:
+    """Tell whether the kernel has the profile; anybody may ask."""
+    found = (root / _SECURITY / "policy/profiles").glob(f"{PROFILE}.*/name")
+    return any(_read(name) == PROFILE for name in found)
+
+
+def obstacle(bwrap: str, said: str = "", *, root: Path = Path("/")) -> Obstacle:
+    """Tell why a worker's user namespace could not be made, once it could not.
+
+    `said` is what bwrap wrote: it names the cause by its errno even where /proc/sys is hidden. `root` is where /proc
+    and /sys are below.
+    """
+    if shutil.which(bwrap) is None:
+        return Obstacle(
+            "missing_binary",
+            f"There is no program {bwrap}.",
+            "Install it (apt-get install bubblewrap), or set process.bwrap_path to where it is.",
+        )
+    return _sysctl(said, root) or _apparmor(said, root) or _unknown(said)
+
+
+def _sysctl(said: str, root: Path) -> Obstacle | None:
+    exceeded = "namespaces exceeded" in said  # ENOSPC; EPERM may come from a system call filter as well
+    for key, usual in {"user.max_user_namespaces": "15000", "kernel.unprivileged_userns_clone": "1"}.items():
+        value = _read(root / "proc/sys" / key.replace(".", "/"))
+        if value == "0" or (exceeded and not value and key.startswith("user.")):
+            return Obstacle(
+                "sysctl",
+                f"The sysctl {key} is 0, so nobody can make a user namespace.",
+                f"Run 'sysctl -w {key}={usual}', and remove the line that sets it from /etc/sysctl.d.",
+            )
+    return None
+
+
+def _apparmor(said: str, root: Path) -> Obstacle | None:
+    restricted = _read(root / "proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1"
+    if not restricted and not (mediates_user_namespaces(root) and "ermission denied" in (said or "Permission denied")):
+        return None
+    if restricted:
+        fact = "AppArmor restricts user namespaces (kernel.apparmor_restrict_unprivileged_userns is 1)."
+    else:
+        fact = "AppArmor denies bwrap a user namespace: a profile of this machine forbids it."
+    restart = "'systemctl restart blockyard-spawner'"
+    if loaded(root):
+        return Obstacle("apparmor", fact, f"Run {restart}: its profile counts from its start.")
+    return Obstacle("apparmor", fact, f"Run 'by admin install-apparmor' as root, then {restart}.")
+
+
+def _unknown(said: str) -> Obstacle:
+    told = f": {' '.join(said.split())[:300]}" if said.strip() else ""
+    return Obstacle(
+        "unknown",
+        f"bwrap could not make a user namespace{told}.",
+        "See 'journalctl -k -g apparmor', and 'sysctl user.max_user_namespaces'; blockyard-spawner.service must allow "
+        "RestrictNamespaces=user.",
+    )
+
+
+def _too_old(root: Path) -> str:
+    if mediates_user_namespaces(root):
+        return "This kernel asks AppArmor about user namespaces: workers may need a parser of version 4 or later."
+    return (
+        "Nothing is lacking: this kernel does not ask AppArmor about user namespaces. The file stays, disabled; run "
+        "this again after an upgrade of the system."
+    )
+
+
+def _complaint(parser: str, action: str, target: Path) -> str:
+    """Return what the parser says against the profile, or ""."""
+    done = subprocess.run(
+        [parser, action, str(target)],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PARSED_WITHIN, check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return ""
+    lines = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
+    return next((line for line in lines if "error" in line.lower()), lines[-1])
+
+
+def _write(target: Path, content: bytes) -> bool:
+    """Replace a file as a whole, mode 0644; tell whether that changed anything."""
+    mode = 0o644
+    if target.is_file() and target.read_bytes() == content and target.stat().st_mode & 0o7777 == mode:
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)  # the parser skips dot files
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink()
+        raise
+    return True
+
+
+def _read(path: Path) -> str:
+    """Return what a file of the kernel says, "" where there is none to be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
