@@ -52,7 +52,8 @@ def test_a_line_that_must_not_reach_a_worker_is_found(monkeypatch, line):
 
 @pytest.mark.parametrize(
     "lines",
-    [b"Content-Length: 5\r\nTransfer-Encoding: chunked", b"Content-Length: 5\r\nContent-Length: 6", b"Content-Length: +5",
+    [b"Content-Length: 5\r\nTransfer-Encoding: chunked", b"Content-Length: 5\r\nContent-Length: 6",
+     b"Content-Length: +5",
      b"Content-Length : 5", b"Host: a\r\nHost: b", b"X: a\nY: b", b"X: a\rb", b"X: a\r\n b", b"X: a\0b"],
 )  # fmt: skip
 def test_a_head_that_is_accepted_and_has_two_meanings_is_found(monkeypatch, lines):
