@@ -2,6 +2,7 @@
 
 import pwd
 import re
+from pathlib import Path
 
 from conftest import CHECKOUT, STATE
 from machine import WORKERS, run
@@ -20,6 +21,7 @@ def test_no_unit_failed_and_no_daemon_left_a_traceback(server):
 
 
 def test_removing_it_leaves_the_state_directory_and_nothing_else(server):
+    run("by", "admin", "install-apparmor")
     run(CHECKOUT / "scripts" / "up", "--remove")
     assert (STATE / "blockyard.db").exists()
     assert list((STATE / "bundles").iterdir())
@@ -32,4 +34,5 @@ def test_removing_it_leaves_the_state_directory_and_nothing_else(server):
     assert "blockyard" not in run("systemctl", "list-units", "--all", "--plain", "--no-legend").stdout
     assert "Defined-By: Blockyard" not in run("journalctl", "--dump-catalog").stdout
     assert not WORKERS.exists()
+    assert not list(Path("/sys/kernel/security/apparmor/policy/profiles").glob("blockyard.*"))
     assert run("pgrep", "--full", "bwrap|blockyard-(api|spawner)", check=False).returncode == 1
