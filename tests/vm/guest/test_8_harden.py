@@ -13,6 +13,7 @@ from running_pair import simple_app
 
 PAGE = (CHECKOUT / "docs" / "harden.md").read_text()
 COMMANDS = re.findall(r"^    (\S.*)$", PAGE, re.MULTILINE)
+NAMES = [f"{at}-{command.split()[0].partition('=')[0]}" for at, command in enumerate(COMMANDS, 1)]
 CONFIG = Path("/etc/blockyard/blockyard.toml")
 ADDED = ("/etc/apparmor.d/blockyard", "/etc/apparmor.d/disable/blockyard")
 
@@ -50,14 +51,14 @@ def test_the_page_names_every_wall():
     assert [command for command in COMMANDS if re.search(interactive, command)] == []
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
 def test_each_command_of_the_page_works(home, command):
     environ = {**os.environ, "HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config")}
     done = subprocess.run(
         ["bash", "-c", command], env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240,
         check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     assert not re.search(r"(?i)traceback|unknown key", done.stdout + done.stderr)
     if command.startswith("sed"):
         (line,) = re.findall(r"/(\w+ = [^/]+)/'|\|(\w+ = .+)\|'", command)
