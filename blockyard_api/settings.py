@@ -79,6 +79,9 @@ KEYS: Mapping[str, Key] = {
     "storage.max_bundle_size": Key(config.size, 100 << 20),
     "database.driver": Key(config.choice("sqlite"), "sqlite"),
     "database.path": Key(config.path, None),
+    "database.url": Key(config.text, None),
+    "redis.url": Key(config.text, None),
+    "vault.address": Key(config.text, None),
     "proxy.bind": Key(bind, ("127.0.0.1", 8081)),
     "proxy.public_url": Key(app_url, "http://127.0.0.1:8081/app/{app}/"),
     "proxy.worker_start_timeout": Key(positive_duration, 60.0),
@@ -128,6 +131,21 @@ class Database:
 
     driver: str
     path: str | None
+    url: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Redis:
+    """Section [redis]."""
+
+    url: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Vault:
+    """Section [vault]."""
+
+    address: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +174,7 @@ class Process:
     network: str
     memory_ceiling: int | None  # bytes
     cpu_ceiling: int | None  # thousandths of a core
+    cgroup_root: str
     worker_uid_range_start: int
     worker_uid_range_end: int
     skip_metadata_check: bool
@@ -168,6 +187,8 @@ class Settings:
     server: Server
     storage: Storage
     database: Database
+    redis: Redis
+    vault: Vault
     proxy: Proxy
     process: Process
     file: str = field(default=config.DEFAULT_PATH)
@@ -197,6 +218,8 @@ _SECTIONS: Mapping[str, Any] = {
     "server": Server,
     "storage": Storage,
     "database": Database,
+    "redis": Redis,
+    "vault": Vault,
     "proxy": Proxy,
     "process": Process,
 }

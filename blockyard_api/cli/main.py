@@ -21,6 +21,7 @@ import typer
 
 from blockyard_api.cli import apparmor, credentials, seccomp
 from blockyard_api.cli.client import Client, Failure, path
+from blockyard_api.cli.firewall import firewall
 from blockyard_api.cli.output import Output, size
 from blockyard_api.cli.packing import pack
 
@@ -44,6 +45,7 @@ app.add_typer(tokens_app, name="tokens")
 app.add_typer(admin_app, name="admin")
 admin_app.command("install-seccomp")(seccomp.install)
 admin_app.command("install-apparmor")(apparmor.install_apparmor)
+admin_app.command()(firewall)
 
 AppName = Annotated[str, typer.Argument(metavar="APP", help="The app's name or id.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]

@@ -21,7 +21,10 @@ def test_the_shipped_file_changes_nothing():
 
 def test_every_default_it_shows_is_the_default(tmp_path):
     file = tmp_path / "blockyard.toml"
-    file.write_text(shown().replace('path = "/var/lib/blockyard/blockyard.db"', ""))
+    without = re.sub(
+        r"^(path = .*blockyard\.db|url = .*(redis|postgresql)|address = ).*", "", shown(), flags=re.MULTILINE
+    )
+    file.write_text(without)  # what has no default is shown by example
     assert settings.load(str(file), {}) == replace(DEFAULTS, file=str(file))
 
 

@@ -40,7 +40,7 @@ def test_the_environment_overrides_the_file(tmp_path):
     ("text", "words"),
     [
         ("[proxy]\nmax_worker = 5\n", ["'proxy.max_worker'", "did you mean 'proxy.max_workers'"]),
-        ("[redis]\nurl = 'x'\n", ["'redis.url'", "remove it"]),
+        ("[oidc]\nissuer = 'x'\n", ["'oidc.issuer'", "remove it"]),
         ("bind = 'x'\n", ["outside a section"]),
         ("[proxy]\nmax_workers = '-3'\n", ["'proxy.max_workers'", "whole number from 1"]),
         ("[proxy]\nmax_workers = true\n", ["'proxy.max_workers'", "whole number"]),

@@ -1,0 +1,53 @@
+"""`by admin firewall`: print what keeps workers from this machine's services. It asks no server and changes nothing."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockyard_api import settings
+from blockyard_api.cli.client import Failure
+from blockyard_api.errors import BlockyardError
+from blockyard_api.hardening import surroundings
+from blockyard_api.hardening.firewall import Format, loaded_by, render
+from blockyard_spawner.config import DEFAULT_PATH, ConfigError
+
+
+def firewall(
+    context: typer.Context,
+    form: Annotated[
+        Format, typer.Option("--format", help="Whose words, and whether a worker is known by uid or by cgroup.")
+    ] = Format.NFT,
+    *,
+    apply_with: Annotated[
+        bool, typer.Option("--apply-with", help="Print the commands that load the rules, for root's shell.")
+    ] = False,
+    config: Annotated[Path, typer.Option(help="The server's configuration.")] = Path(DEFAULT_PATH),
+) -> None:
+    """Print rules that keep apps from this machine's services.
+
+    Run it on the server. Each rule names a destination and says why: the cloud's metadata, loopback, this machine's
+    addresses, Redis, vault, the database. The resolver and the open internet stay reachable. It changes nothing itself;
+    'by admin firewall --apply-with | sudo sh' loads the rules, and may be repeated.
+    """
+    printed = f"by admin firewall --format {form}"
+    if config != Path(DEFAULT_PATH):
+        printed += f" --config {shlex.quote(str(config.absolute()))}"
+    output = context.obj.output
+    try:
+        around = surroundings.look(settings.load(str(config), os.environ))
+        rules = render(around, form)
+    except ConfigError as error:
+        raise Failure("invalid_configuration", str(error)) from error
+    except BlockyardError as error:
+        raise Failure(error.code, error.message) from error
+    for service in around.services:
+        if not service.addresses:
+            output.note(
+                f"{service.key}: {service.host} has no address now, so no rule keeps workers from it; try later."
+            )
+    commands = loaded_by(form, printed)
+    text = "\n".join(commands) if apply_with else rules.rstrip("\n")
+    output.result({"format": form, "rules": rules, "apply_with": commands}, text)

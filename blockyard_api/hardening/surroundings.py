@@ -1,0 +1,140 @@
+"""What the firewall's rules are computed from, as it is on this machine now."""
+
+import re
+import socket
+import subprocess
+from ipaddress import ip_address
+from pathlib import Path
+from urllib.parse import unquote
+
+from blockyard_api.hardening.firewall import Address, HostAddress, Listener, Service, Surroundings
+from blockyard_api.settings import Settings
+from blockyard_spawner.config import ConfigError
+
+WORKERS = "blockyard-workers.service"
+
+_WITHIN = 10.0  # seconds
+_CONNTRACK = Path("/proc/sys/net/netfilter/nf_conntrack_max")
+_PORTS = {"redis": 6379, "rediss": 6379, "http": 80, "https": 443, "postgresql": 5432, "postgres": 5432}
+_LISTENERS = ("the API", "the relay to the apps")
+
+
+def look(settings: Settings) -> Surroundings:
+    """Look around. Raises ConfigError for a service's address that cannot be understood."""
+    process = settings.process
+    return Surroundings(
+        uids=(process.worker_uid_range_start, process.worker_uid_range_end),
+        cgroup=_cgroup(process.cgroup_root),
+        addresses=host_addresses(),
+        resolvers=nameservers(Path("/etc/resolv.conf")),
+        listeners=_listeners(settings),
+        services=tuple(Service(key, host, port, _resolved(host, port)) for key, host, port in named_services(settings)),
+        translates=_CONNTRACK.exists(),
+    )
+
+
+def host_addresses() -> tuple[HostAddress, ...]:
+    """List this machine's addresses, and where it hears a subnet's broadcasts, in the kernel's order."""
+    from pyroute2 import IPRoute  # noqa: PLC0415 - 15 MB resident: only this command pays for it
+
+    found = []
+    with IPRoute() as route:
+        names = {link["index"]: str(link.get_attr("IFLA_IFNAME")) for link in route.get_links()}
+        for entry in route.get_addr():
+            own = entry.get_attr("IFA_LOCAL") or entry.get_attr("IFA_ADDRESS")  # the latter may be a link's other end
+            heard = [text for text in (own, entry.get_attr("IFA_BROADCAST")) if text]
+            found += [HostAddress(ip_address(text), names.get(entry["index"], "?")) for text in heard]
+    return tuple(dict.fromkeys(found))
+
+
+def nameservers(file: Path) -> tuple[Address, ...]:
+    """List the resolvers that a worker's C library asks: those in resolv.conf, or this machine's own."""
+    text = file.read_text("utf-8", errors="replace") if file.exists() else ""
+    named = re.findall(r"^[ \t]*nameserver[ \t]+([0-9A-Fa-f.:]+)(?:%\S+)?[ \t]*(?:[#;].*)?$", text, re.MULTILINE)
+    found = [address for address in map(_address, named) if address is not None]
+    return tuple(dict.fromkeys(found)) or (ip_address("127.0.0.1"),)
+
+
+def named_services(settings: Settings) -> list[tuple[str, str, int]]:
+    """List (key, host, port) of what the configuration names. Raises ConfigError, which repeats no secret."""
+    found = []
+    for key, url in (
+        ("redis.url", settings.redis.url),
+        ("vault.address", settings.vault.address),
+        ("database.url", settings.database.url),
+    ):
+        found += [(key, host, port) for host, port in _hosts(url)] if url and not _is_local_file(url) else []
+        if url and not found and not _is_local_file(url):
+            raise ConfigError(f"{settings.file}: '{key}' names no host; write it like scheme://host:port.")
+    return found
+
+
+def _is_local_file(url: str) -> bool:
+    scheme = url.partition(":")[0].partition("+")[0]
+    return scheme in ("unix", "sqlite")
+
+
+def _hosts(url: str) -> list[tuple[str, int]]:
+    """Take (host, port) from a URL, of which PostgreSQL's may name several hosts, in either of two places."""
+    scheme, _, rest = url.partition("://")
+    default = _PORTS.get(scheme.partition("+")[0])
+    place, _, query = rest.partition("?")
+    listed = [one for one in re.split(r"[/#]", place)[0].rpartition("@")[2].split(",") if one]
+    listed += [unquote(one) for value in re.findall(r"(?:^|&)host=([^&]*)", query) for one in value.split(",")]
+    found = []
+    for one in listed:
+        if one.startswith("/"):
+            continue  # a directory with a Unix socket
+        match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_.-]+))(?::([0-9]{1,5}))?", one)
+        port = int(match[3]) if match and match[3] else default
+        if match is None or port is None or not 0 < port < 1 << 16:
+            return []
+        found.append((match[1] or match[2], port))
+    return found
+
+
+def _resolved(host: str, port: int) -> tuple[Address, ...]:
+    try:
+        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return ()  # the rules say so, and hold for everything else
+    return tuple(dict.fromkeys(ip_address(str(answer[4][0]).partition("%")[0]) for answer in answers))
+
+
+def _address(text: str) -> Address | None:
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
+
+
+def _systemd_says(unit: str, attribute: str) -> str:
+    """Ask systemd for a unit's property; empty where there is no systemd, or none that answers."""
+    command = ["systemctl", "show", "--value", f"--property={attribute}", unit]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_WITHIN).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _cgroup(configured: str) -> str:
+    """Name the workers' cgroup from the mount's root."""
+    if configured:
+        lines = Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
+        mount = next((line.split()[4] for line in lines if " - cgroup2 " in line), "")
+        return configured.removeprefix(mount)
+    return _systemd_says(WORKERS, "ControlGroup") or f"/system.slice/{WORKERS}"
+
+
+def _listeners(settings: Settings) -> tuple[Listener, ...]:
+    """List where the API and the relay listen: on systemd's sockets where it has some, first the API's."""
+    listening = re.findall(
+        r"(?:\[([0-9A-Fa-f:]+)\]|([0-9.]+)):([0-9]+) \(Stream\)", _systemd_says("blockyard-api.socket", "Listen")
+    )
+    places = [(six or four, int(port)) for six, four, port in listening] or [settings.server.bind, settings.proxy.bind]
+    names = _LISTENERS if len(places) == len(_LISTENERS) else ["the API or the relay to the apps"] * len(places)
+    return tuple(
+        Listener(name, address, port)
+        for name, (host, port) in zip(names, places, strict=True)
+        for address in _resolved(host, port)
+    )
