@@ -120,7 +120,7 @@ ip -n outside address add {OUTSIDE}/24 dev outside0
 ip -n outside address add {OUTSIDE_6}/64 dev outside0 nodad
 ip -n outside link set outside0 up
 nft add table ip published
-nft add chain ip published output {{ type nat hook output priority dstnat; }}
+nft 'add chain ip published output {{ type nat hook output priority -100; }}'
 nft add rule ip published output ip daddr {HERE} tcp dport 7003 dnat to {OUTSIDE}:80
 """
 
@@ -142,8 +142,7 @@ def listener(*places, inside=()):
 @pytest.fixture(scope="module")
 def surroundings(server):
     """A metadata service, Redis, a machine outside, a published port, a resolver: all of it real."""
-    for command in NETWORK.strip().splitlines():
-        run(*command.split())
+    run("sh", "-e", "-c", NETWORK)
     kept = {path: path.read_text() for path in (CONFIGURATION, RESOLVER)}
     CONFIGURATION.write_text(
         kept[CONFIGURATION].replace('#url = "redis:', 'url = "redis:').replace("6379", "6399").replace(
