@@ -6,10 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 from conftest import CHECKOUT
-from machine import WORKERS, active, as_user, knob, run, systemctl, unit
+from machine import WORKERS, active, answers, as_user, knob, run, systemctl, unit
 from running_pair import simple_app, wait_for
 
 sys.path.insert(0, str(CHECKOUT))
@@ -184,7 +183,8 @@ class Curious:
 
     def reaches(self, app="reaching"):
         """Name what the app reaches, and tell of each thing what it met with."""
-        wait_for(lambda: active(self.server, "listening"), 120, "the other worker")
+        answers(self.server)
+        active(self.server, "listening")
         run("ip", "address", "replace", f"{LATER}/24", "dev", "inside0")
         try:
             page = self.server.visitor().get(f"/app/{app}/")
@@ -240,7 +240,6 @@ def assert_everybody_else_is_free():
         for port, path in ((8080, "healthz"), (8081, "healthz")):
             asked = as_user(user, "curl", "--silent", "--output", "/dev/null", f"http://127.0.0.1:{port}/{path}")
             assert asked.returncode == 0, (user, port)
-    assert httpx.get("http://127.0.0.1:8080/readyz", timeout=60).status_code in (200, 503)
 
 
 def test_without_rules_a_worker_reaches_everything(curious):
@@ -270,6 +269,31 @@ def test_the_firewalls_unit_keeps_workers_in_as_long_as_there_are_any(curious, s
     systemctl("disable", "--now", "blockyard-firewall")
     assert unit("blockyard-workers.service", "ActiveState") == "active"
     assert not curious.is_kept_in()
+
+
+def test_rules_that_cannot_be_made_leave_the_former_in_force_and_keep_workers_from_starting_if_wanted(curious):
+    strict = Path("/run/systemd/system/blockyard-workers.service.d/strict.conf")
+    strict.parent.mkdir(parents=True)
+    strict.write_text("[Unit]\nRequires=blockyard-firewall.service\n")
+    systemctl("daemon-reload")
+    right = CONFIGURATION.read_text()
+    systemctl("enable", "--now", "blockyard-firewall")
+    before = rules_in_force()
+    assert "table inet blockyard" in before
+    try:
+        CONFIGURATION.write_text(right.replace('url = "redis://127', 'url = "redis://not a host 127'))
+        assert systemctl("reload", "blockyard-firewall", check=False).returncode != 0
+        assert rules_in_force() == before
+        systemctl("stop", "blockyard-workers")
+        assert systemctl("start", "blockyard-workers", check=False).returncode != 0
+        assert "'redis.url' names no host" in run("journalctl", "--unit=blockyard-firewall", "--quiet").stdout
+    finally:
+        CONFIGURATION.write_text(right)
+        strict.unlink()
+        strict.parent.rmdir()
+        systemctl("daemon-reload")
+    systemctl("start", "blockyard-workers")
+    systemctl("disable", "--now", "blockyard-firewall")
 
 
 @pytest.mark.parametrize("form", ["nft", "nft-cgroup", "iptables-owner", "iptables-cgroup"])
