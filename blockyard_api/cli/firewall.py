@@ -36,6 +36,10 @@ def firewall(
     if config != Path(DEFAULT_PATH):
         printed += f" --config {shlex.quote(str(config.absolute()))}"
     output = context.obj.output
+    commands = loaded_by(form, printed)
+    if apply_with and not output.as_json:
+        output.result(commands, "\n".join(commands))  # what is wrong with the rules, they say themselves when they run
+        return
     try:
         around = surroundings.look(settings.load(str(config), os.environ))
         rules = render(around, form)
@@ -46,8 +50,6 @@ def firewall(
     for service in around.services:
         if not service.addresses:
             output.note(
-                f"{service.key}: {service.host} has no address now, so no rule keeps workers from it; try later."
+                f"{service.key}: {service.host} has no address now, so workers are not kept from it; try later."
             )
-    commands = loaded_by(form, printed)
-    text = "\n".join(commands) if apply_with else rules.rstrip("\n")
-    output.result({"format": form, "rules": rules, "apply_with": commands}, text)
+    output.result({"format": form, "rules": rules, "apply_with": commands}, rules.rstrip("\n"))

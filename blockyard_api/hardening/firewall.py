@@ -133,7 +133,7 @@ def render(around: Surroundings, form: Format) -> str:
 def loaded_by(form: Format, printed: str) -> list[str]:
     """Name the shell commands, to be run by root, that load what the command `printed` prints."""
     if form is Format.SYSTEMD:
-        return [f"{printed} | install -D --mode=0644 /dev/stdin {DROP_IN}", "systemctl daemon-reload"]
+        return [f"{printed} | install -D --mode=0644 /dev/stdin {DROP_IN}", "systemctl daemon-reload", _TAKE_ON]
     if form in (Format.NFT, Format.NFT_CGROUP):
         return [f"{printed} | nft --file -"]
     # A chain that is declared again is emptied first, so only the jump to it could pile up.
@@ -159,6 +159,8 @@ def forgotten_cgroup(recorded: str | None, present: int | None) -> str | None:
 
 
 _IPTABLES = ("iptables", "ip6tables")
+# A reload alone leaves a running unit's filter as it is; setting any property of the filter's kind makes it anew.
+_TAKE_ON = "systemctl set-property --runtime blockyard-workers IPAccounting=yes"
 _HOST = r"[A-Za-z0-9_.:-]{1,253}"
 _INTERFACE = r"[A-Za-z0-9_.@-]{1,15}"
 _CGROUP = r"(/[A-Za-z0-9_.@:-]+)+"
