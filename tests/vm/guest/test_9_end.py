@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from conftest import CHECKOUT, STATE
-from machine import WORKERS, run
+from machine import WORKERS, run, systemctl
 
 # Where names of ours may be left: the state, the user that owns it, and what is not of this server.
 KEPT = (str(STATE), str(CHECKOUT), "/opt/guest-tests", "/proc", "/sys", "/tmp", "/var/tmp", "/usr/share", "/dev")
@@ -22,6 +22,9 @@ def test_no_unit_failed_and_no_daemon_left_a_traceback(server):
 
 def test_removing_it_leaves_the_state_directory_and_nothing_else(server):
     run("by", "admin", "install-apparmor")
+    systemctl("enable", "--now", "blockyard-firewall")
+    for form in ("nft-cgroup", "iptables-owner", "systemd"):
+        run("sh", "-c", f"by admin firewall --format {form} --apply-with | sh -e")
     run(CHECKOUT / "scripts" / "up", "--remove")
     assert (STATE / "blockyard.db").exists()
     assert list((STATE / "bundles").iterdir())
@@ -35,4 +38,6 @@ def test_removing_it_leaves_the_state_directory_and_nothing_else(server):
     assert "Defined-By: Blockyard" not in run("journalctl", "--dump-catalog").stdout
     assert not WORKERS.exists()
     assert not list(Path("/sys/kernel/security/apparmor/policy/profiles").glob("blockyard.*"))
+    for tool in (("nft", "list", "ruleset"), ("iptables", "-S"), ("ip6tables", "-S")):
+        assert "blockyard" not in run(*tool).stdout.lower()
     assert run("pgrep", "--full", "bwrap|blockyard-(api|spawner)", check=False).returncode == 1
