@@ -136,6 +136,7 @@ async def _keep_house(
             fleet.reconcile(app.id)
         await _try(sessions.save)
         await _try(fleet.sweep)
+        await _try(fleet.look_at_limits)
         if loop.time() >= clean_at:
             clean_at = loop.time() + _CLEAN_EVERY
             await _try(partial(logs.prune, settings.proxy.log_retention))

@@ -175,6 +175,8 @@ class Process:
     memory_ceiling: int | None  # bytes
     cpu_ceiling: int | None  # thousandths of a core
     cgroup_root: str
+    pids_limit: int
+    tmp_size: int  # bytes
     worker_uid_range_start: int
     worker_uid_range_end: int
     skip_metadata_check: bool

@@ -250,7 +250,7 @@ def get(
     counts = {key: value for key, value in running.items() if key != "workers"}
     invocation.output.record({**found, "runtime": running}, [*_fields(found), *_fields(counts)])
     if not invocation.output.as_json:
-        headings = ("worker", "status", "bundle", "started", "visitors", "cpu", "memory", "end")
+        headings = ("worker", "status", "bundle", "started", "visitors", "cpu", "memory", "limits", "end")
         rows = [_worker_row(worker) for worker in running["workers"]]
         invocation.output.table(None, headings, rows, empty="No worker has run yet; open the app to start one.")
 
@@ -272,7 +272,8 @@ def _worker_row(worker: Mapping[str, Any]) -> list[object]:
         worker["started_at"],
         len(worker["sessions"]),
         None if cpu is None else f"{cpu:.0f} %",
-        size(stats.get("memory_usage_bytes")),
+        _of(size(stats.get("memory_usage_bytes")), size(stats.get("memory_limit_bytes"))),
+        "; ".join(worker["limits_hit"]),
         worker["end_reason"],
     ]
 

@@ -17,7 +17,7 @@ from blockyard_api.http.models import AppBody, AppChanges, AppList, NewApp, Runt
 from blockyard_api.http.services import Caller, OwnApp, Provided, Services, VisibleApp
 from blockyard_api.identity.tokens import Principal
 from blockyard_api.store.tables import workers as workers_table
-from blockyard_api.workers.fleet import Worker
+from blockyard_api.workers.fleet import Fleet, Worker
 from blockyard_api.workers.life import State
 
 router = APIRouter(prefix="/api/v1/apps", tags=["apps"])
@@ -185,7 +185,7 @@ async def logs(
 async def runtime(app: OwnApp, provided: Provided) -> Runtime:
     """Return what the app's workers do, and the last ones that ended."""
     live = list(provided.fleet.of(app.id))
-    stats = await _stats(live)
+    stats = await _stats(provided.fleet, live)
     ended = workers_table.c.status == State.ENDED.value
     query = select(workers_table).where(workers_table.c.app_id == app.id, ended)
     async with provided.database.begin() as connection:
@@ -204,6 +204,7 @@ async def runtime(app: OwnApp, provided: Provided) -> Runtime:
                 ended_at=rfc3339(row.ended_at),
                 end_reason=row.end_reason,
                 stats=None,
+                limits_hit=[],
                 sessions=[],
             )
             for row in rows
@@ -228,6 +229,7 @@ def _live(provided: Services, worker: Worker, stats: Stats) -> WorkerBody:
             "ended_at": None,
             "end_reason": None,
             "stats": stats,
+            "limits_hit": worker.limits.all(provided.logs.of(worker.id).dropped),
             "sessions": [
                 SessionBody(
                     user=session.user_sub, started_at=_time(session.created_at), websockets=session.open_on(worker)
@@ -238,12 +240,9 @@ def _live(provided: Services, worker: Worker, stats: Stats) -> WorkerBody:
     )
 
 
-async def _stats(workers: list[Worker]) -> dict[str, Stats]:
-    mount = accounting.cgroup2_mount()
-    nothing = accounting.Usage(None, None, None)
-
+async def _stats(fleet: Fleet, workers: list[Worker]) -> dict[str, Stats]:
     def read() -> dict[str, accounting.Usage]:
-        return {w.id: accounting.usage(mount, w.cgroup) if mount and w.cgroup else nothing for w in workers}
+        return {worker.id: accounting.usage(fleet.cgroup(worker)) for worker in workers}
 
     if not workers:
         return {}
@@ -255,6 +254,7 @@ async def _stats(workers: list[Worker]) -> dict[str, Stats]:
         first, second = before[worker.id].cpu_usec, after[worker.id].cpu_usec
         percent = None if first is None or second is None else round((second - first) / _SAMPLE / 10_000, 1)
         use = after[worker.id]
+        worker.limits.held_back = (use.throttled_usec or 0) / 1e6
         result[worker.id] = Stats(
             cpu_percent=percent,
             memory_usage_bytes=use.memory,

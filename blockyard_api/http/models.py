@@ -145,6 +145,7 @@ class WorkerBody(BaseModel):
     ended_at: str | None
     end_reason: str | None
     stats: Stats | None
+    limits_hit: list[str] = Field(description="What a running worker ran into, a sentence for each limit")
     sessions: list[SessionBody]
 
 

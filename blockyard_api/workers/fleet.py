@@ -24,12 +24,14 @@ from blockyard_api.apps.catalog import App, Catalog, SwitchedOff
 from blockyard_api.backends.spawner import Result, Spawner, SpawnerRefused, SpawnerUnreachable
 from blockyard_api.backends.worker_socket import WorkerSocket
 from blockyard_api.errors import OutOfSpace, TooMany, Unavailable
+from blockyard_api.host import accounting
 from blockyard_api.host.notify import ServiceManager
 from blockyard_api.settings import Settings
 from blockyard_api.store.database import Database, StoreUnavailable
 from blockyard_api.store.tables import workers as table
 from blockyard_api.workers.life import State, transition
-from blockyard_api.workers.log import Logs, WorkerLog, pump, stamp
+from blockyard_api.workers.limits import Limits
+from blockyard_api.workers.log import Logs, WorkerLog, pump
 from blockyard_api.workers.readiness import answers
 from blockyard_spawner import protocol
 
@@ -42,6 +44,8 @@ _PLACE_AGAIN = 15.0  # seconds: a page that opens no WebSocket has lost its slot
 _SETTLED = 10.0  # seconds an app must live to count as started well
 _STOP_ATTEMPTS = 5
 _LAST_WORDS = 2.0  # seconds a pipe may stay open after its worker's end
+_FILES_SPARE = 0.25  # the share of the files below the runtime directory that is to be left for other workers
+_FILES_MANY = 16 << 20  # bytes of kernel memory that no worker's files come to otherwise
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +63,7 @@ class Worker:
     bundle_id: str
     capacity: int
     memory_limit: int | None
+    limits: Limits
     ready: asyncio.Future[None]
     over: asyncio.Future[str]  # why it is to end: "exited", or the sentence of whoever wished it
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -176,6 +181,7 @@ class Fleet:
         self._lives: set[asyncio.Task[None]] = set()
         self._held: dict[str, Counter[str]] = {}  # who answers for a slot → the keys, and how many workers each is on
         self._closing = False
+        self._cgroups = accounting.cgroup2_mount()
         self.adopted = asyncio.Event()
 
     # --- slots ---------------------------------------------------------------------------------------------------
@@ -348,6 +354,31 @@ class Fleet:
         most = app.max_workers_per_app
         return self.count < self._settings.proxy.max_workers and (most is None or len(self._current(app)) < most)
 
+    # --- limits --------------------------------------------------------------------------------------------------
+
+    def cgroup(self, worker: Worker) -> Path | None:
+        """Return the directory of a worker's cgroup, if it has one."""
+        return self._cgroups / worker.cgroup.lstrip("/") if self._cgroups and worker.cgroup else None
+
+    async def look_at_limits(self) -> None:
+        """Note who had to wait for the processor, and end who takes the files that all workers share."""
+        placed = {worker.id: worker for worker in self.all() if self.cgroup(worker)}
+
+        def read() -> tuple[dict[str, accounting.Usage], float]:
+            found = {name: accounting.usage(self.cgroup(worker)) for name, worker in placed.items()}
+            return found, accounting.files_left(self._settings.process.runtime_dir)
+
+        used, files_left = await asyncio.to_thread(read)
+        for name, usage in used.items():
+            for sentence in placed[name].limits.was_held_back((usage.throttled_usec or 0) / 1e6):
+                await self._logs.of(name).note(f"worker {sentence}")
+        if files_left < _FILES_SPARE:
+            most = max(used, key=lambda name: used[name].kernel_memory or 0, default=None)
+            if most is not None and (used[most].kernel_memory or 0) >= _FILES_MANY:
+                placed[most].end("made so many files in /run/worker that other apps could not start")
+            else:
+                log.warning("%s is almost full, and no worker's fault", self._settings.process.runtime_dir)
+
     # --- one worker's life ---------------------------------------------------------------------------------------
 
     def _launch(self, app: App) -> Worker:
@@ -364,13 +395,13 @@ class Fleet:
         if not self._room(app):
             raise Unavailable("app_full", "All places of this app are taken; it is tried again by itself.", 5)
         loop = asyncio.get_running_loop()
-        default = self._settings.server.default_memory_limit
         worker = Worker(
             secrets.token_hex(16),
             app.id,
             app.active_bundle,
             app.max_sessions_per_worker,
-            app.memory_bytes or default,
+            self._memory_limit(app),
+            Limits(self._settings.process),
             loop.create_future(),
             loop.create_future(),
             started_at=time.time(),
@@ -378,6 +409,10 @@ class Fleet:
         self._enrol(worker)
         self._start(self._live(worker, app, None))
         return worker
+
+    def _memory_limit(self, app: App) -> int | None:
+        """Return what the spawner will hold the app's workers to, in bytes."""
+        return app.memory_bytes or self._settings.server.default_memory_limit or self._settings.process.memory_ceiling
 
     def _enrol(self, worker: Worker) -> None:
         self._workers[worker.id] = worker
@@ -420,12 +455,18 @@ class Fleet:
             if read_end is not None:
                 pump = group.create_task(self._pump(worker, read_end, worker_log))
             else:
-                await worker_log.append(stamp("The server was stopped meanwhile; from here on this log is not kept."))
-            try:
-                await self._serve(worker, pidfd)
-            finally:
-                os.close(pidfd)
-            result = await self._stop(worker)
+                await worker_log.note("the server was stopped meanwhile; from here on this log is not kept")
+
+            def ran_into(hits: accounting.Hits) -> None:
+                for sentence in worker.limits.heard(hits):
+                    group.create_task(worker_log.note(f"worker {sentence}"))
+
+            with accounting.told_of_hits(self.cgroup(worker), ran_into):
+                try:
+                    await self._serve(worker, pidfd)
+                finally:
+                    os.close(pidfd)
+                result = await self._stop(worker)
             if pump is not None:
                 await asyncio.wait([pump], timeout=_LAST_WORDS)
                 pump.cancel()
@@ -469,7 +510,9 @@ class Fleet:
 
     async def _pump(self, worker: Worker, read_end: int, worker_log: WorkerLog) -> None:
         try:
-            await pump(read_end, worker_log)
+            await pump(
+                read_end, worker_log, lambda words: (f"worker {sentence}" for sentence in worker.limits.saw(words))
+            )
         finally:
             if not self._closing:
                 self._manager.drop_log(worker.id)
@@ -535,7 +578,7 @@ class Fleet:
             worker.ready.set_exception(
                 StartFailed("start_failed", pool.setback.why or f"The app ended: {worker.end_reason}.")
             )
-        await worker_log.append(stamp(f"worker ended: {worker.end_reason}"))
+        await worker_log.note(f"worker ended: {worker.end_reason}")
         await self._record(worker)
         self.reconcile(app.id)
 
@@ -637,7 +680,8 @@ class Fleet:
             row.app_id,
             row.bundle_id,
             app.max_sessions_per_worker,
-            app.memory_bytes or self._settings.server.default_memory_limit,
+            self._memory_limit(app),
+            Limits(self._settings.process),
             loop.create_future(),
             loop.create_future(),
             started_at=row.started_at,
@@ -666,17 +710,19 @@ def _sentence(worker: Worker, result: Result) -> str:
     """Word why a worker ended, for its owner."""
     why = worker.over.result() if worker.over.done() else "unknown"
     if result.oom_kills or result.reason == "oom":
+        if worker.limits.server_was_full:
+            return "was ended since all apps together used the server's memory"
         limit = f"{worker.memory_limit >> 20} MB" if worker.memory_limit else "the memory there is"
         return f"used more than {limit} of memory"
     if why != "exited":
         return why
-    if result.signal is not None:
-        return f"was ended by signal {result.signal}"
-    if result.status is not None and result.status > 128:  # as a shell and bwrap report a signal
-        return f"was ended by signal {result.status - 128}"
-    if result.status is not None:
-        return f"exited with status {result.status}"
-    return "exited while the spawner was away"
+    number = result.signal
+    if number is None and result.status is not None and result.status > 128:  # as a shell and bwrap report a signal
+        number = result.status - 128
+    if number is None and result.status is None:
+        return "exited while the spawner was away"
+    how = f"exited with status {result.status}" if number is None else f"was ended by signal {number}"
+    return how + worker.limits.before_its_end()
 
 
 async def _sandbox_words(worker_log: WorkerLog) -> str:

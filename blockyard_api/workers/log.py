@@ -9,11 +9,15 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 
 SEGMENT = 5 << 20  # bytes; a log is at most two of them
+RATE = 1 << 20  # bytes a second that are kept for ever: a person reads a thousandth of that
+BURST = SEGMENT  # bytes that may come at once before that: what an app says at its start is kept whole
 _CHUNK = 65536  # a pipe's capacity
+_BREATH = 0.01  # seconds between two readings of what is dropped: a flood costs no processor, and no app waits longer
+_QUIET = 1.0  # seconds without a byte after which a flood is over
 
 _logger = logging.getLogger(__name__)
 
@@ -27,7 +31,10 @@ class WorkerLog:
         self._base = 0  # position of the first byte in `_path`
         self._changed = asyncio.Event()
         self.closed = False
+        self.dropped = 0  # bytes, since its worker wrote faster than RATE
         self._losing = False
+        self._one_by_one = asyncio.Lock()  # the platform's lines come between the app's
+        self._within_line = False
         with contextlib.suppress(OSError):  # an adopted worker's log goes on where it was
             self._base = self._older.stat().st_size
         self.end = self._base
@@ -46,6 +53,16 @@ class WorkerLog:
 
     async def append(self, data: bytes) -> None:
         """Add bytes and wake the followers; what cannot be stored is lost, since waiting would stop the app."""
+        async with self._one_by_one:
+            await self._store(data)
+
+    async def note(self, sentence: str) -> None:
+        """Add a line of the platform's own, at the start of a line whatever the app left unfinished."""
+        async with self._one_by_one:
+            await self._store(b"\n" * self._within_line + stamp(sentence))
+
+    async def _store(self, data: bytes) -> None:
+        self._within_line = not data.endswith(b"\n")
         try:
             await asyncio.to_thread(self._append, data)
         except OSError as error:
@@ -142,33 +159,75 @@ def _prune(directory: Path, older_than: float, keep: set[Path]) -> None:
                 path.unlink()
 
 
-async def pump(descriptor: int, log: WorkerLog) -> None:
-    """Move bytes from a pipe's read end to a log until its writers are gone; closes the descriptor."""
+class _Allowance:
+    """What a worker may write: RATE for ever, and BURST at once after a silence."""
+
+    def __init__(self) -> None:
+        self._left = float(BURST)
+        self._since = time.monotonic()
+        self._spent = False
+
+    def take(self, size: int) -> int:
+        """Return how many of `size` bytes are kept; once one was not, none is until there is room for a second's."""
+        now = time.monotonic()
+        self._left = min(BURST, self._left + (now - self._since) * RATE)
+        self._since = now
+        if self._spent and self._left < RATE:
+            return 0
+        kept = min(size, int(self._left))
+        self._left -= kept
+        self._spent = kept < size
+        return kept
+
+
+async def pump(descriptor: int, log: WorkerLog, notice: Callable[[bytes], Iterable[str]] = lambda _: ()) -> None:
+    """Move bytes from a pipe's read end to a log until its writers are gone; closes the descriptor.
+
+    What comes faster than RATE is read and dropped, and said so in one line. `notice` looks at what is kept, and
+    returns what the platform has to say about it.
+    """
     os.set_blocking(descriptor, False)
+    allowance = _Allowance()
+    dropped = 0
     try:
-        async for data in _chunks(descriptor):
-            await log.append(data)
+        while (data := await _next(descriptor, _QUIET if dropped else None)) != b"":
+            kept = data[: allowance.take(len(data))] if data else b""
+            if dropped and (kept or data is None):
+                await _tell_dropped(log, dropped)
+                dropped = 0
+            if kept:
+                await log.append(kept)
+                for sentence in notice(kept):
+                    await log.note(sentence)
+            if data is not None and len(kept) < len(data):
+                dropped += len(data) - len(kept)
+                log.dropped += len(data) - len(kept)
+                await asyncio.sleep(_BREATH)
+        if dropped:
+            await _tell_dropped(log, dropped)
     finally:
         os.close(descriptor)
 
 
-async def _chunks(descriptor: int) -> AsyncIterator[bytes]:
+async def _tell_dropped(log: WorkerLog, number: int) -> None:
+    await log.note(f"{number} bytes were dropped: more than {RATE >> 20} MB a second")
+
+
+async def _next(descriptor: int, patience: float | None) -> bytes | None:
+    """Return what is in a pipe, b"" after its end, or None if nothing comes within `patience` seconds."""
+    with contextlib.suppress(BlockingIOError):
+        return os.read(descriptor, _CHUNK)
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
-    while True:
-        try:
-            data = os.read(descriptor, _CHUNK)
-        except BlockingIOError:
-            readable.clear()
-            loop.add_reader(descriptor, readable.set)
-            try:
-                await readable.wait()
-            finally:
-                loop.remove_reader(descriptor)
-            continue
-        if not data:
-            return
-        yield data
+    loop.add_reader(descriptor, readable.set)
+    try:
+        async with asyncio.timeout(patience):
+            await readable.wait()
+    except TimeoutError:
+        return None
+    finally:
+        loop.remove_reader(descriptor)
+    return os.read(descriptor, _CHUNK)
 
 
 def stamp(sentence: str) -> bytes:

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import re
+import time
 
 from blockyard_api.workers import log
 from blockyard_api.workers.log import Logs
@@ -69,3 +71,77 @@ async def test_logs_are_pruned_by_age_but_never_the_one_being_written(tmp_path):
     os.utime(tmp_path / ("w" * 32 + ".log"), (1, 1))
     await logs.prune(60)
     assert not list(tmp_path.iterdir())
+
+
+NOTE = re.compile(rb"\[blockyard [^]]+\] (\d+) bytes were dropped: more than 1 MB a second\n")
+
+
+async def test_a_flood_is_read_to_its_end_and_what_is_over_the_rate_is_dropped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(log, "BURST", 1 << 20)
+    written = [bytes([65 + i % 26]) * 65535 + b"\n" for i in range(160)]
+    began = time.monotonic()
+    kept = await pumped(Logs(tmp_path), *written)
+    most = log.BURST + (time.monotonic() - began) * log.RATE
+    text = await whole(kept)
+    dropped = [int(number) for number in NOTE.findall(text)]
+    app_s_own = NOTE.sub(b"", text)
+    assert dropped
+    assert sum(dropped) >= 2 << 20
+    assert len(app_s_own) <= most + 65536
+    assert abs(len(app_s_own) + sum(dropped) - 160 * 65536) <= len(dropped)  # a line that was cut is ended
+    assert app_s_own.startswith(written[0])
+
+
+async def test_a_flood_that_is_over_is_told_although_the_app_says_nothing_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(log, "BURST", log.RATE)
+    logs = Logs(tmp_path)
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    with logs.writing("w" * 32) as written:
+        pumping = asyncio.create_task(log.pump(read_end, written))
+        await asyncio.to_thread(os.write, write_end, b"x" * (3 << 20))
+        follower = logs.of("w" * 32).read(follow=True)
+        async with asyncio.timeout(20):
+            text = b""
+            while not NOTE.search(text):
+                text += await anext(follower)
+        await follower.aclose()
+        assert written.dropped >= 1 << 19
+        os.close(write_end)
+        await pumping
+
+
+async def test_a_slow_writer_loses_nothing_however_long_it_writes(tmp_path, monkeypatch, clock):
+    monkeypatch.setattr(log, "BURST", 2 << 20)
+    logs = Logs(tmp_path)
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    with logs.writing("w" * 32) as written:
+        pumping = asyncio.create_task(log.pump(read_end, written))
+        for _ in range(60):
+            await asyncio.to_thread(os.write, write_end, b"x" * 65536)
+            await clock.advance(1 / 16)
+        os.close(write_end)
+        await pumping
+    assert written.dropped == 0
+    assert written.end == 60 * 65536
+
+
+async def test_the_platform_s_line_begins_a_line_whatever_the_app_left_unfinished(tmp_path):
+    with Logs(tmp_path).writing("w" * 32) as written:
+        await written.append(b"no end of line")
+        await asyncio.gather(written.note("first"), written.note("second"), written.append(b"more\n"))
+        lines = (await whole(written)).decode().splitlines()
+    assert lines[0] == "no end of line"
+    assert [line.partition("] ")[2] for line in lines if line.startswith("[blockyard ")] == ["first", "second"]
+    assert "more" in lines
+
+
+async def test_what_is_kept_is_shown_to_who_explains_it(tmp_path):
+    logs = Logs(tmp_path)
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    with logs.writing("w" * 32) as written:
+        os.write(write_end, b"cannot write: No space left on device\n")
+        os.close(write_end)
+        await log.pump(read_end, written, lambda words: ["the disk is full"] if b"No space" in words else [])
+        text = await whole(written)
+    assert text.startswith(b"cannot write: No space left on device\n[blockyard ")
+    assert text.endswith(b"the disk is full\n")
