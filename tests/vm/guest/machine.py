@@ -13,7 +13,10 @@ from running_pair import wait_for
 WORKERS = Path("/sys/fs/cgroup/system.slice/blockyard-workers.service")
 DAEMONS = ("blockyard-spawner.service", "blockyard-api.service")
 ADMINISTRATOR = "keeper"  # a member of blockyard-admin
-STATE_UNITS = (*DAEMONS, "blockyard-workers.service", "blockyard-api.socket", "blockyard-spawner.socket")
+STATE_UNITS = (
+    *(*DAEMONS, "blockyard-workers.service", "run-blockyard-workers.mount"),
+    *("blockyard-api.socket", "blockyard-spawner.socket"),
+)
 
 
 def run(*command, check=True, timeout=120):
