@@ -461,11 +461,14 @@ class Fleet:
                 for sentence in worker.limits.heard(hits):
                     group.create_task(worker_log.note(f"worker {sentence}"))
 
-            with accounting.told_of_hits(self.cgroup(worker), ran_into):
+            cgroup = self.cgroup(worker)
+            with accounting.told_of_hits(cgroup, ran_into):
                 try:
                     await self._serve(worker, pidfd)
                 finally:
                     os.close(pidfd)
+                if cgroup is not None:  # before the spawner has seen its end, and removed this
+                    ran_into(accounting.hits(cgroup))
                 result = await self._stop(worker)
             if pump is not None:
                 await asyncio.wait([pump], timeout=_LAST_WORDS)
