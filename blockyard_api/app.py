@@ -15,6 +15,8 @@ from blockyard_api.apps.catalog import Catalog
 from blockyard_api.backends.spawner import Spawner
 from blockyard_api.backends.worker_socket import WorkerSocket
 from blockyard_api.bundles.deploy import Deployments
+from blockyard_api.checks.context import Context
+from blockyard_api.checks.runner import Checks
 from blockyard_api.errors import BlockyardError
 from blockyard_api.host import units
 from blockyard_api.host.notify import ServiceManager
@@ -42,6 +44,7 @@ class Built:
 
     control_plane: FastAPI
     relay: Relay
+    checks: Checks
 
 
 def prepare_state(state_dir: Path) -> None:
@@ -63,8 +66,16 @@ def database_path(settings: Settings) -> Path:
 
 
 @asynccontextmanager
-async def running(settings: Settings, manager: ServiceManager, log_pipes: dict[str, int]) -> AsyncIterator[Built]:
-    """Build everything, keep it running, and take it down again with the workers left alive."""
+async def running(
+    settings: Settings,
+    manager: ServiceManager,
+    log_pipes: dict[str, int],
+    listening: tuple[tuple[str, int], ...] = (),
+) -> AsyncIterator[Built]:
+    """Build everything, keep it running, and take it down again with the workers left alive.
+
+    `listening` are the addresses of the control plane and of the relay, for the checks.
+    """
     state_dir = Path(settings.storage.state_dir)
     prepare_state(state_dir)
     async with database.opened(database_path(settings)) as store, asyncio.TaskGroup() as tasks:
@@ -94,11 +105,14 @@ async def running(settings: Settings, manager: ServiceManager, log_pipes: dict[s
             trusted_proxies=settings.server.trusted_proxies,
             public_scheme=urlsplit(settings.proxy.public_url).scheme,
         )
-        services = Services(settings, store, tokens, catalog, fleet, sessions, deployments, spawner, logs, addresses)
+        checks = Checks(Context(settings, spawner, catalog.all, listening))
+        services = Services(
+            settings, store, tokens, catalog, fleet, sessions, deployments, spawner, logs, addresses, checks
+        )
         adopting = tasks.create_task(_adopt(fleet, sessions, log_pipes))
-        keeping = tasks.create_task(_keep_house(settings, fleet, sessions, catalog, deployments, logs))
+        keeping = tasks.create_task(_keep_house(settings, fleet, sessions, catalog, deployments, logs, checks))
         try:
-            yield Built(application.build(services), relay)
+            yield Built(application.build(services), relay, checks)
         finally:
             fleet.detach()
             await relay.close(settings.server.shutdown_timeout)
@@ -123,7 +137,13 @@ async def _adopt(fleet: Fleet, sessions: Sessions, log_pipes: dict[str, int]) ->
 
 
 async def _keep_house(
-    settings: Settings, fleet: Fleet, sessions: Sessions, catalog: Catalog, deployments: Deployments, logs: Logs
+    settings: Settings,
+    fleet: Fleet,
+    sessions: Sessions,
+    catalog: Catalog,
+    deployments: Deployments,
+    logs: Logs,
+    checks: Checks,
 ) -> None:
     """Do what is due now and then: end idle workers, retry warm slots, save sessions, delete what is old."""
     loop = asyncio.get_running_loop()
@@ -135,7 +155,7 @@ async def _keep_house(
         for app in catalog.all():
             fleet.reconcile(app.id)
         await _try(sessions.save)
-        await _try(fleet.sweep)
+        await _try(partial(fleet.sweep, checks.probing))
         await _try(fleet.look_at_limits)
         if loop.time() >= clean_at:
             clean_at = loop.time() + _CLEAN_EVERY

@@ -13,6 +13,7 @@ from pathlib import Path
 import uvloop
 
 from blockyard_api import app, settings
+from blockyard_api.checks.result import Result
 from blockyard_api.errors import BlockyardError
 from blockyard_api.host.notify import ServiceManager, take_passed
 from blockyard_api.http import server
@@ -36,13 +37,20 @@ def main() -> None:
         else:
             logging.basicConfig(level=configured.server.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
             logging.getLogger("aiosqlite").setLevel(logging.WARNING)
-            uvloop.run(_serve(configured))
+            if failed := uvloop.run(_serve(configured)):
+                # 2 is not tried again by systemd: what a person has to see to does not go away by itself
+                sys.exit(_complain(_refusal(failed), 1 if all(result.passing for result in failed) else 2))
     except ConfigError as error:
         sys.exit(_complain(str(error), 2))
     except BlockyardError as error:
         sys.exit(_complain(error.message, 1))
     except OSError as error:
         sys.exit(_complain(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1))
+
+
+def _refusal(failed: list[Result]) -> str:
+    found = " ".join(f"{result.name}: {result.fact} {result.remedy}" for result in failed)
+    return f"not started, since checks found errors. {found} To start all the same: server.skip_preflight = true."
 
 
 def _complain(sentence: str, status: int) -> int:
@@ -80,7 +88,8 @@ async def _token(configured: Settings, *, bootstrap: bool) -> str:
     return str(path)
 
 
-async def _serve(configured: Settings) -> None:
+async def _serve(configured: Settings) -> list[Result]:
+    """Serve until told to stop; return the errors of the start-up checks, if they kept it from serving."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a WebSocket takes two; the usual soft limit is 1024
     sockets, log_pipes = take_passed(os.environ)
@@ -96,19 +105,32 @@ async def _serve(configured: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with app.running(configured, manager, log_pipes) as built:
+    stopping = loop.create_task(stop.wait())
+    listening = tuple(sock.getsockname()[:2] for sock in sockets if sock.family != socket.AF_UNIX)
+    async with app.running(configured, manager, log_pipes, listening) as built:
+        if configured.server.skip_preflight:
+            log.warning("the start-up checks are left out: server.skip_preflight is set; 'by admin check' runs them")
+        else:
+            checking = loop.create_task(built.checks.run())  # whoever connects meanwhile waits in the sockets' queues
+            await asyncio.wait([checking, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not checking.done():
+                checking.cancel()
+                return []
+            if failed := checking.result().errors:
+                return failed
         await built.relay.listen(relayed)
         api = server.server(built.control_plane, configured.server.shutdown_timeout)
         serving = loop.create_task(api.serve(sockets=[control]))
         watching = loop.create_task(_watchdog(manager))
         manager.say("READY=1")
         try:
-            await asyncio.wait([serving, loop.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
         finally:
             manager.say("STOPPING=1")
             api.should_exit = True
             watching.cancel()
             await serving
+    return []
 
 
 async def _watchdog(manager: ServiceManager) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from blockyard_spawner import config
 from blockyard_spawner.config import ConfigError, Key
@@ -47,6 +47,59 @@ def url(value: object) -> str:
     return config.text(value)
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a service listens: host and port, or a Unix socket's path."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+
+# Scheme → its port; None for a Unix socket.
+_SERVICES: Mapping[str, Mapping[str, int | None]] = {
+    "redis.url": {"redis": 6379, "rediss": 6379, "unix": None},
+    "vault.address": {"http": 80, "https": 443},
+    "database.url": {"postgresql": 5432, "postgres": 5432},
+}
+
+
+def endpoint(key: str, value: str) -> Endpoint:
+    """Return where the service of a configured address listens. Raises ValueError, which never repeats the address."""
+    schemes = _SERVICES[key]
+    meaning = " or ".join(f"{scheme}://{'host' if port else '/path'}" for scheme, port in schemes.items())
+    try:
+        parts = urlsplit(value)
+        host, port, options = parts.hostname or "", parts.port, parse_qs(parts.query)
+    except ValueError as error:  # its own words would quote a password that is taken for a port
+        raise ValueError(meaning) from error
+    if parts.scheme not in schemes or (port == 0):
+        raise ValueError(meaning)
+    usual = schemes[parts.scheme]
+    socket = parts.path if usual is None else ""
+    if key == "database.url" and not host:  # as libpq has it: a directory in which the socket is named by its port
+        host = options.get("host", ["/var/run/postgresql"])[0]
+    if key == "database.url" and host.startswith("/"):
+        socket = f"{host}/.s.PGSQL.{port or usual}"
+    if usual is None or socket:
+        if not socket.startswith("/") or (usual is None and host):
+            raise ValueError(meaning)
+        return Endpoint(path=socket)
+    if not host or re.search(r"\s", host):
+        raise ValueError(meaning)
+    return Endpoint(host, port or usual)
+
+
+def holds_password(value: str) -> bool:
+    """Tell whether a service's address has a password in it."""
+    parts = urlsplit(value)
+    return bool(parts.password) or "password" in parse_qs(parts.query)
+
+
+def _address(value: object) -> str | None:
+    return config.text(value) or None
+
+
 def app_url(value: object) -> str:
     """Where visitors reach an app: ``{app}`` once, as a host label or a path segment, and a final slash."""
     written = config.text(value)
@@ -79,9 +132,9 @@ KEYS: Mapping[str, Key] = {
     "storage.max_bundle_size": Key(config.size, 100 << 20),
     "database.driver": Key(config.choice("sqlite"), "sqlite"),
     "database.path": Key(config.path, None),
-    "database.url": Key(config.text, None),
-    "redis.url": Key(config.text, None),
-    "vault.address": Key(config.text, None),
+    "database.url": Key(_address, None),
+    "redis.url": Key(_address, None),
+    "vault.address": Key(_address, None),
     "proxy.bind": Key(bind, ("127.0.0.1", 8081)),
     "proxy.public_url": Key(app_url, "http://127.0.0.1:8081/app/{app}/"),
     "proxy.worker_start_timeout": Key(positive_duration, 60.0),
@@ -131,14 +184,24 @@ class Database:
 
     driver: str
     path: str | None
-    url: str | None
+    url: str | None = field(repr=False)  # may hold a password
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where the database server listens."""
+        return None if self.url is None else endpoint("database.url", self.url)
 
 
 @dataclass(frozen=True, slots=True)
 class Redis:
     """Section [redis]."""
 
-    url: str | None
+    url: str | None = field(repr=False)  # may hold a password
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where Redis listens."""
+        return None if self.url is None else endpoint("redis.url", self.url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +209,11 @@ class Vault:
     """Section [vault]."""
 
     address: str | None
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where the vault listens."""
+        return None if self.address is None else endpoint("vault.address", self.address)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +239,8 @@ class Process:
 
     spawner_socket: str
     runtime_dir: str
+    bwrap_path: str
+    seccomp_profile: str  # "": none
     network: str
     memory_ceiling: int | None  # bytes
     cpu_ceiling: int | None  # thousandths of a core
@@ -179,6 +249,7 @@ class Process:
     tmp_size: int  # bytes
     worker_uid_range_start: int
     worker_uid_range_end: int
+    worker_gid: int
     skip_metadata_check: bool
 
 
@@ -205,6 +276,8 @@ def load(file: str, environ: Mapping[str, str]) -> Settings:
         near = [f"did you mean '{key}'?" for key in difflib.get_close_matches(name, KEYS, n=1)]
         raise ConfigError(f"{file}: unknown key '{name}'; {(*near, 'remove it.')[0]}")
     values = config.load(file, environ, KEYS)
+    for name in _SERVICES:
+        _check_service(name, values[name], file, environ)
     sections = {
         name: section(**{part.name: values[f"{name}.{part.name}"] for part in fields(section)})
         for name, section in _SECTIONS.items()
@@ -214,6 +287,17 @@ def load(file: str, environ: Mapping[str, str]) -> Settings:
     if pool < 1:
         raise ConfigError(f"{file}: 'process.worker_uid_range_end' must not be below 'process.worker_uid_range_start'.")
     return settings
+
+
+def _check_service(name: str, value: str | None, file: str, environ: Mapping[str, str]) -> None:
+    """Raise ConfigError for an address that is none, without repeating it: it may hold a password."""
+    variable = f"BLOCKYARD_{name.replace('.', '_').upper()}"
+    try:
+        if value is not None:
+            endpoint(name, value)
+    except ValueError as error:
+        source = variable if variable in environ else file
+        raise ConfigError(f"{source}: '{name}' must be such as {error}; correct it.") from None
 
 
 _SECTIONS: Mapping[str, Any] = {

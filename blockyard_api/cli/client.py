@@ -57,18 +57,13 @@ class Client:
         body: object = None,
         *,
         query: Mapping[str, str | int] | None = None,
-        accept: int | None = None,
     ) -> Answer:
-        """Send JSON and return the answer's JSON, empty where there is none.
-
-        `accept` is an error status whose body is an answer, too. Raises Failure.
-        """
+        """Send JSON and return the answer's JSON, empty where there is none. Raises Failure."""
         try:
             response = self._http.request(method, where, json=body, params=query)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
-        if response.status_code != accept:
-            self._check(response)
+        self._check(response)
         return self._json(response)
 
     def upload(self, where: str, archive: Path, progress: Callable[[int], None]) -> Answer:

@@ -33,6 +33,7 @@ class WorkersUnit:
     tasks_max: int | None
     tasks_current: int | None
     cpu_quota: float | None  # cores
+    delegated: bool
 
 
 async def _call(*calls: tuple[str, str, str, str, list[str]]) -> list[Any]:
@@ -113,4 +114,5 @@ async def workers_unit() -> WorkersUnit | None:
         number("TasksMax"),
         number("TasksCurrent"),
         None if quota is None else quota / 1_000_000,
+        bool(values["Delegate"].value),
     )

@@ -248,3 +248,21 @@ class SystemStatus(BaseModel):
     spawner: SpawnerBody
     workers: WorkerCount
     unit: UnitBody | None
+
+
+class CheckBody(BaseModel):
+    """What one start-up check found."""
+
+    name: str
+    severity: Literal["ok", "info", "warning", "error"]
+    fact: str = Field(description="One sentence")
+    remedy: str = Field(description="One sentence, or empty where there is nothing to do")
+
+
+class CheckRun(BaseModel):
+    """One run of all start-up checks."""
+
+    severity: Literal["ok", "info", "warning", "error"] = Field(description="The worst of them")
+    began_at: str
+    seconds: float
+    checks: list[CheckBody]

@@ -9,6 +9,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from blockyard_api.apps.catalog import App, Catalog
 from blockyard_api.backends.spawner import Spawner
 from blockyard_api.bundles.deploy import Deployments
+from blockyard_api.checks.runner import Checks
 from blockyard_api.errors import Forbidden, NotFound, Unauthorized
 from blockyard_api.identity.tokens import Principal, Tokens
 from blockyard_api.relay.origin import original_address
@@ -37,6 +38,7 @@ class Services:
     spawner: Spawner
     logs: Logs
     addresses: Addresses
+    checks: Checks
 
 
 def services(request: Request) -> Services:

@@ -8,9 +8,11 @@ from fastapi.responses import PlainTextResponse, RedirectResponse
 
 from blockyard_api.apps.catalog import NAME
 from blockyard_api.backends.spawner import Identity, SpawnerUnreachable
+from blockyard_api.checks.runner import Run
+from blockyard_api.clock import rfc3339
 from blockyard_api.errors import BlockyardError, NotFound
 from blockyard_api.host import units
-from blockyard_api.http.models import Ready, SpawnerBody, SystemStatus, UnitBody, WorkerCount
+from blockyard_api.http.models import CheckBody, CheckRun, Ready, SpawnerBody, SystemStatus, UnitBody, WorkerCount
 from blockyard_api.http.services import Administrator, Provided, Services, Visitor
 
 router = APIRouter(tags=["system"])
@@ -77,6 +79,30 @@ async def status(provided: Provided, _: Administrator) -> SystemStatus:
         )
         if unit
         else None,
+    )
+
+
+@router.get("/api/v1/system/checks")
+async def checks(provided: Provided, _: Administrator) -> CheckRun:
+    """Show what the latest run of the start-up checks found; where there was none yet, run them."""
+    return _check_run(provided.checks.latest or await provided.checks.run())
+
+
+@router.post("/api/v1/system/checks/run")
+async def run_checks(provided: Provided, _: Administrator) -> CheckRun:
+    """Run the start-up checks now, which takes some seconds; 409 while another run is under way."""
+    return _check_run(await provided.checks.run())
+
+
+def _check_run(run: Run) -> CheckRun:
+    return CheckRun(
+        severity=run.severity.value,
+        began_at=rfc3339(run.began_at) or "",
+        seconds=round(run.seconds, 3),
+        checks=[
+            CheckBody(name=one.name, severity=one.severity.value, fact=one.fact, remedy=one.remedy)
+            for one in run.results
+        ],
     )
 
 

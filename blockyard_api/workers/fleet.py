@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -697,10 +697,13 @@ class Fleet:
         self._start(self._live(worker, app, (pidfd, log_pipes.pop(row.id, None))))
         return True
 
-    async def sweep(self) -> None:
-        """End workers that the spawner runs and nobody here knows: their start was cut off, or this daemon died."""
+    async def sweep(self, others: Collection[str] = ()) -> None:
+        """End workers that the spawner runs and nobody here knows: their start was cut off, or this daemon died.
+
+        `others` are known to somebody else here, and read only once the spawner has answered.
+        """
         for entry in await self._spawner.list():
-            if entry.state == "running" and entry.id not in self._workers:
+            if entry.state == "running" and entry.id not in self._workers and entry.id not in others:
                 log.warning("ending worker %s of app %s: it belongs to nobody", entry.id, entry.app)
                 with contextlib.suppress(SpawnerRefused):  # it ended meanwhile
                     await self._spawner.stop(entry.id, 0)

@@ -41,6 +41,12 @@ def test_the_environment_overrides_the_file(tmp_path):
     [
         ("[proxy]\nmax_worker = 5\n", ["'proxy.max_worker'", "did you mean 'proxy.max_workers'"]),
         ("[oidc]\nissuer = 'x'\n", ["'oidc.issuer'", "remove it"]),
+        ("[rediss]\nurl = 'x'\n", ["'rediss.url'", "did you mean 'redis.url'"]),
+        ("[redis]\nurl = 'x'\n", ["'redis.url'", "redis://host"]),
+        ("[redis]\nurl = 'unix://host/path'\n", ["'redis.url'", "unix:///path"]),
+        ("[redis]\nurl = 6379\n", ["'redis.url'", "a string"]),
+        ("[vault]\naddress = 'vault:8200'\n", ["'vault.address'", "https://host"]),
+        ("[database]\nurl = 'mysql://host/db'\n", ["'database.url'", "postgresql://host"]),
         ("bind = 'x'\n", ["outside a section"]),
         ("[proxy]\nmax_workers = '-3'\n", ["'proxy.max_workers'", "whole number from 1"]),
         ("[proxy]\nmax_workers = true\n", ["'proxy.max_workers'", "whole number"]),
@@ -71,3 +77,46 @@ def test_a_wrong_value_is_one_sentence_that_names_the_file_and_what_to_write(tmp
 def test_a_wrong_variable_is_named(tmp_path):
     with pytest.raises(ConfigError, match="BLOCKYARD_PROXY_MAX_WORKERS"):
         load(tmp_path, BLOCKYARD_PROXY_MAX_WORKERS="many")
+
+
+@pytest.mark.parametrize(
+    ("key", "address", "where"),
+    [
+        ("redis.url", "redis://:s3cret@10.0.0.5", ("10.0.0.5", 6379, "")),
+        ("redis.url", "rediss://user:s3cret@redis.example.com:6380/1", ("redis.example.com", 6380, "")),
+        ("redis.url", "unix:///run/redis/redis.sock", ("", 0, "/run/redis/redis.sock")),
+        ("redis.url", "redis://[::1]:7000", ("::1", 7000, "")),
+        ("vault.address", "https://vault.example.com:8200", ("vault.example.com", 8200, "")),
+        ("vault.address", "http://vault/", ("vault", 80, "")),
+        ("database.url", "postgresql://u:s3cret@db/name", ("db", 5432, "")),
+        ("database.url", "postgres:///name?host=/run/pg&port=5432", ("", 0, "/run/pg/.s.PGSQL.5432")),
+        ("database.url", "postgresql:///name", ("", 0, "/var/run/postgresql/.s.PGSQL.5432")),
+    ],
+)
+def test_a_services_address_says_where_it_listens(key, address, where):
+    found = settings.endpoint(key, address)
+    assert (found.host, found.port, found.path) == where
+
+
+@pytest.mark.parametrize("key", ["redis.url", "database.url"])
+@pytest.mark.parametrize("address", ["redis:/:s3cret@host", "http://:s3cret@host", "redis://host:s3cret", "s3cret"])
+def test_a_wrong_address_with_a_password_is_not_repeated(tmp_path, key, address):
+    section, _, name = key.partition(".")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f'[{section}]\n{name} = "{address}"\n')
+    assert key in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    with pytest.raises(ConfigError, match=f"BLOCKYARD_{section.upper()}_{name.upper()}"):
+        load(tmp_path, **{f"BLOCKYARD_{section.upper()}_{name.upper()}": address})
+
+
+def test_the_settings_as_text_hold_no_password(tmp_path):
+    text = '[redis]\nurl = "redis://:s3cret@host"\n[database]\nurl = "postgres://u:s3cret@host/x"\n'
+    loaded = load(tmp_path, text)
+    assert loaded.redis.url == "redis://:s3cret@host"
+    assert "s3cret" not in repr(loaded)
+
+
+def test_a_services_address_that_is_empty_is_none(tmp_path):
+    assert load(tmp_path, '[redis]\nurl = ""\n').redis.endpoint is None

@@ -1,0 +1,177 @@
+"""All checks, and how they are run: at the same time, each within its bound, and none can bring down the others."""
+
+import asyncio
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from blockyard_api.checks import files, network, resources, sandbox
+from blockyard_api.checks.context import Context, Outcome, Seen
+from blockyard_api.checks.journal import tell
+from blockyard_api.checks.listeners import ListingFailed, loopback_listeners
+from blockyard_api.checks.probe import ProbeFailed, Prober, Target
+from blockyard_api.checks.result import Result, Severity, error, worst
+from blockyard_api.errors import BlockyardError, Conflict
+
+Check = Callable[[Context], Awaitable[Result]]
+ProbedCheck = Callable[[Context, Seen], Awaitable[Result]]
+
+# Each is named as its result is. The order is that of every list and table.
+CHECKS: tuple[Check, ...] = (
+    sandbox.spawner_link,
+    sandbox.bwrap_available,
+    resources.uid_range,
+    resources.resource_limits,
+    files.state_dir,
+    files.config_secrets,
+)
+# These judge by what a worker saw.
+PROBED_CHECKS: tuple[ProbedCheck, ...] = (
+    sandbox.user_namespaces,
+    sandbox.bwrap_host_uid_mapping,
+    sandbox.seccomp_profile,
+    resources.cgroup_delegation,
+    network.cloud_metadata,
+    network.worker_egress,
+    network.abstract_sockets,
+    network.redis_auth,
+)
+
+_EACH_WITHIN = 3.0  # seconds; the probe's own time, at most 6, does not count
+_ALL_WITHIN = 10.0  # seconds
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run of all checks found, and when."""
+
+    began_at: float  # epoch
+    seconds: float
+    results: tuple[Result, ...]
+
+    @property
+    def severity(self) -> Severity:
+        """The worst that was found."""
+        return worst(self.results)
+
+    @property
+    def errors(self) -> list[Result]:
+        """Those that stop a start."""
+        return [result for result in self.results if result.severity is Severity.ERROR]
+
+
+class Checks:
+    """Runs all checks, one run at a time, and remembers the latest."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._prober = Prober(context.spawner, context.settings.process.runtime_dir)
+        self._running = False
+        self.latest: Run | None = None
+
+    @property
+    def probing(self) -> set[str]:
+        """The ids of workers that are probes, as long as they live."""
+        return self._prober.running
+
+    async def run(self) -> Run:
+        """Run all checks, at most 10 s, and write each result to the journal.
+
+        Raises Conflict while another run is under way: each costs a worker.
+        """
+        if self._running:
+            raise Conflict("checks_running", "The checks are being run already; ask for their results in a moment.")
+        self._running = True
+        began_at, began = time.time(), time.monotonic()
+        try:
+            results = await self._all()
+        finally:
+            self._running = False
+        self.latest = Run(began_at, time.monotonic() - began, results)
+        await asyncio.to_thread(tell, results)
+        return self.latest
+
+    async def _all(self) -> tuple[Result, ...]:
+        loop = asyncio.get_running_loop()
+        seeing = loop.create_task(self._see())
+        waiting = [loop.create_task(self._bounded(check.__name__, check(self._context))) for check in CHECKS]
+        waiting += [loop.create_task(self._probed(check, seeing)) for check in PROBED_CHECKS]
+        try:
+            await asyncio.wait(waiting, timeout=_ALL_WITHIN)
+            names = [check.__name__ for check in (*CHECKS, *PROBED_CHECKS)]
+            return tuple(
+                task.result() if task.done() else _late(name, _ALL_WITHIN)
+                for name, task in zip(names, waiting, strict=True)
+            )
+        finally:
+            for task in (seeing, *waiting):
+                task.cancel()
+            await asyncio.gather(seeing, *waiting, return_exceptions=True)
+
+    async def _probed(self, check: ProbedCheck, seeing: asyncio.Task[Seen]) -> Result:
+        try:
+            seen = await asyncio.shield(seeing)
+        except Exception as failure:  # noqa: BLE001 - a probe that crashes is told by each check that needed it
+            return _crashed(check.__name__, failure)
+        return await self._bounded(check.__name__, check(self._context, seen))
+
+    async def _bounded(self, name: str, checking: Awaitable[Result]) -> Result:
+        try:
+            async with asyncio.timeout(_EACH_WITHIN):
+                return await checking
+        except TimeoutError:
+            return _late(name, _EACH_WITHIN)
+        except BlockyardError as failure:
+            return error(name, failure.message, "See 'spawner_link'.", passing=True)
+        except Exception as failure:  # noqa: BLE001 - one check's fault must not hide what the others found
+            return _crashed(name, failure)
+
+    async def _see(self) -> Seen:
+        """Let a worker try everything, and where workers have no network, another one that has the host's."""
+        abstract = f"blockyard-check-{secrets.token_hex(16)}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
+            listener.bind(f"\0{abstract}")
+            listener.listen()
+            unlisted, listeners = "", list[tuple[str, int]]()
+            try:
+                async with asyncio.timeout(_EACH_WITHIN):
+                    listeners = await loopback_listeners()
+            except (ListingFailed, TimeoutError, OSError) as failure:
+                unlisted = str(failure) or "listening ports were not listed in time"
+            targets, left_out = network.targets(self._context, listeners, abstract)
+            configured = self._context.settings.process.network
+            worker, on_host = await self._outcomes(targets, configured)
+        return Seen(worker, on_host, unlisted, left_out)
+
+    async def _outcomes(self, targets: list[Target], configured: str) -> tuple[Outcome, Outcome]:
+        if configured == "host":
+            outcome = await self._outcome(targets, "host")
+            return outcome, outcome
+        worker, on_host = await asyncio.gather(self._outcome(targets, configured), self._outcome(targets, "host"))
+        return worker, on_host
+
+    async def _outcome(self, targets: list[Target], on: str) -> Outcome:
+        try:
+            return await self._prober.probe(targets, on)
+        except ProbeFailed as failure:
+            return failure
+
+
+def _late(name: str, seconds: float) -> Result:
+    return error(
+        name,
+        f"It was not done within {seconds:.0f} s.",
+        "Run 'by admin check' again; report it if it stays.",
+        passing=True,
+    )
+
+
+def _crashed(name: str, failure: Exception) -> Result:
+    log.error("check %s failed", name, exc_info=failure)
+    fact = f"The check itself failed: {type(failure).__name__}: {failure:.200}".replace("\n", " ")
+    return error(name, fact, "See the journal of blockyard-api, and report it.", passing=True)
