@@ -101,7 +101,7 @@ async def cloud_metadata(context: Context, seen: Seen) -> Result:
             "Close it with the rules that 'by admin firewall' prints; if only workers are kept from it, as "
             "'worker_egress' tells, set process.skip_metadata_check = true.",
         )
-    own = "this daemon may open no connection at all" if None in here else "nor did this daemon"
+    own = "this daemon may open no connection at all" if None in here else "this daemon did not either"
     return ok(name, f"A process on the host's network did not reach the metadata addresses, and {own}.")
 
 

@@ -1,6 +1,8 @@
 """All checks, and how they are run: at the same time, each within its bound, and none can bring down the others."""
 
 import asyncio
+import contextlib
+import itertools
 import logging
 import secrets
 import socket
@@ -8,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from blockyard_api.backends.spawner import SpawnerUnreachable
 from blockyard_api.checks import files, network, resources, sandbox
 from blockyard_api.checks.context import Context, Outcome, Seen
 from blockyard_api.checks.journal import tell
@@ -42,6 +45,7 @@ PROBED_CHECKS: tuple[ProbedCheck, ...] = (
 
 _EACH_WITHIN = 3.0  # seconds; the probe's own time, at most 6, does not count
 _ALL_WITHIN = 10.0  # seconds
+_SPAWNER_WITHIN, _LOOK_AGAIN = 2.5, 0.2  # seconds
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +102,15 @@ class Checks:
 
     async def _all(self) -> tuple[Result, ...]:
         loop = asyncio.get_running_loop()
+        until = loop.time() + _ALL_WITHIN
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SPAWNER_WITHIN):
+                await self._reach_spawner()
         seeing = loop.create_task(self._see())
         waiting = [loop.create_task(self._bounded(check.__name__, check(self._context))) for check in CHECKS]
         waiting += [loop.create_task(self._probed(check, seeing)) for check in PROBED_CHECKS]
         try:
-            await asyncio.wait(waiting, timeout=_ALL_WITHIN)
+            await asyncio.wait(waiting, timeout=until - loop.time())
             names = [check.__name__ for check in (*CHECKS, *PROBED_CHECKS)]
             return tuple(
                 task.result() if task.done() else _late(name, _ALL_WITHIN)
@@ -112,6 +120,21 @@ class Checks:
             for task in (seeing, *waiting):
                 task.cancel()
             await asyncio.gather(seeing, *waiting, return_exceptions=True)
+
+    async def _reach_spawner(self) -> None:
+        """Give a spawner that is being restarted the time for it; that there is none, the checks tell."""
+        for look in itertools.count():
+            try:
+                await self._context.spawner.hello()
+            except SpawnerUnreachable:
+                if look == 0:
+                    with contextlib.suppress(BlockyardError):
+                        await self._context.spawner.list()  # which has systemd start it
+                await asyncio.sleep(_LOOK_AGAIN)
+            except BlockyardError:
+                return
+            else:
+                return
 
     async def _probed(self, check: ProbedCheck, seeing: asyncio.Task[Seen]) -> Result:
         try:

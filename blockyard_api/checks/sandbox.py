@@ -1,19 +1,17 @@
 """Whether workers can be started, and whether they are what they should be: spawner, bubblewrap, uids, filter."""
 
 import asyncio
-import contextlib
 import os
 import socket
 import stat
 from pathlib import Path
 
-from blockyard_api.backends.peer import peer
-from blockyard_api.backends.spawner import SpawnerUnreachable
+from blockyard_api.backends.peer import PeerUnknown, peer
+from blockyard_api.backends.spawner import SpawnerRefused, SpawnerUnreachable
 from blockyard_api.checks.context import Context, Outcome, Seen
 from blockyard_api.checks.probe import ProbeFailed
 from blockyard_api.checks.result import Result, error, info, ok, warning
 
-_LOOK_AGAIN, _LOOKS = 0.2, 12  # seconds, times: a spawner that is being restarted is there before the bound
 _NEEDED = ("--disable-userns", "--ro-bind-fd", "--bind-fd", "--seccomp")
 _FILTERED = ("SECCOMP", "seccomp")
 _INSTRUCTION = 8  # bytes: struct sock_filter
@@ -24,18 +22,22 @@ async def spawner_link(context: Context) -> Result:
     """Connect to the spawner, compare versions, and look at both ends' credentials."""
     name = "spawner_link"
     path = Path(context.settings.process.spawner_socket)
-    for look in range(_LOOKS):
+    at_socket = (str(path.parent), path.name, socket.SOCK_SEQPACKET)
+    try:
+        identity = await context.spawner.hello()
+    except SpawnerRefused as failure:
+        remedy = "Install the same version of both daemons, then restart both."
+        return error(name, f"The spawner refuses to talk: {failure.message}", remedy)
+    except SpawnerUnreachable as failure:
         try:
-            identity = await context.spawner.hello()
-            break
-        except SpawnerUnreachable as failure:
-            if look + 1 == _LOOKS or "connection closed" in failure.message:
-                return _unreachable(name, failure)
-            if look == 0:
-                with contextlib.suppress(SpawnerUnreachable):
-                    await context.spawner.list()  # which has systemd start it again
-            await asyncio.sleep(_LOOK_AGAIN)
-    found = await asyncio.to_thread(peer, str(path.parent), path.name, socket.SOCK_SEQPACKET)
+            await asyncio.to_thread(peer, *at_socket)
+        except PeerUnknown:
+            remedy = "Start it: 'systemctl start blockyard-spawner.socket'."
+            return error(name, failure.message, remedy, passing=True)
+        # somebody listens, and hangs up: that is how the spawner answers anybody but the user it obeys
+        remedy = "Set process.api_user to the user that blockyard-api runs as, then restart the spawner."
+        return error(name, f"The spawner closes the connection: it does not obey uid {os.geteuid()}.", remedy)
+    found = await asyncio.to_thread(peer, *at_socket)
     expected = os.geteuid() if identity.unprivileged else 0
     if found.uid != expected:
         return error(
@@ -46,14 +48,6 @@ async def spawner_link(context: Context) -> Result:
     user = "without root" if identity.unprivileged else "as root"
     free = f"{identity.uids_free} of {identity.uids_total} uids are free"
     return ok(name, f"The spawner answers with protocol version {identity.version}; it runs {user}, {free}.")
-
-
-def _unreachable(name: str, failure: SpawnerUnreachable) -> Result:
-    if "connection closed" in failure.message:  # that is how it answers anybody but the user it obeys
-        me = os.geteuid()
-        remedy = "Set process.api_user to the user that blockyard-api runs as, then restart the spawner."
-        return error(name, f"The spawner closes the connection: it does not obey uid {me}.", remedy)
-    return error(name, failure.message, "Start it: 'systemctl start blockyard-spawner.socket'.", passing=True)
 
 
 async def bwrap_available(context: Context) -> Result:

@@ -38,6 +38,9 @@ ROUTES = {
     ("GET", "/api/v1/users/me/tokens"),
     ("DELETE", "/api/v1/users/me/tokens"),
     ("DELETE", "/api/v1/users/me/tokens/{token_id}"),
+    ("GET", "/api/v1/system/status"),
+    ("GET", "/api/v1/system/checks"),
+    ("POST", "/api/v1/system/checks/run"),
 }
 
 

@@ -117,7 +117,11 @@ class Control:
         self.spawner = FakeSpawner(self.root / "s.sock", self.root / "run")
         sections = {
             "storage": [f'state_dir = "{self.state}"'],
-            "process": [f'spawner_socket = "{self.spawner.path}"', f'runtime_dir = "{self.spawner.runtime_dir}"'],
+            "process": [
+                f'spawner_socket = "{self.spawner.path}"',
+                f'runtime_dir = "{self.spawner.runtime_dir}"',
+                "skip_metadata_check = true",
+            ],
             "proxy": [],
             "server": [],
         }
