@@ -2,18 +2,21 @@
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import resource
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import uvloop
 
 from blockyard_api import app, settings
 from blockyard_api.checks.result import Result
+from blockyard_api.checks.runner import Checks, Run
 from blockyard_api.errors import BlockyardError
 from blockyard_api.host.notify import ServiceManager, take_passed
 from blockyard_api.http import server
@@ -23,6 +26,10 @@ from blockyard_api.store import database
 from blockyard_spawner.config import DEFAULT_PATH, ConfigError
 
 _BACKLOG = 2048
+_TURN_AWAY_WITHIN, _EACH_WITHIN = 2.0, 0.1  # seconds
+_REASON = b'{"error": "not_started", "message": "The server does not start; its journal says why."}'
+_NOT_STARTED = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n"
+_NOT_STARTED += b"Cache-Control: no-store\r\nContent-Length: %d\r\n\r\n%b" % (len(_REASON), _REASON)
 
 log = logging.getLogger("blockyard_api")
 
@@ -30,6 +37,7 @@ log = logging.getLogger("blockyard_api")
 def main() -> None:
     """Run the daemon, or one of its sub-commands; exit status 2 for a wrong configuration, 1 for any other failure."""
     arguments = _arguments()
+    os.umask(0o077)  # the database is nobody else's, whoever started this
     try:
         configured = settings.load(arguments.config, os.environ)
         if arguments.command == "token":
@@ -111,12 +119,13 @@ async def _serve(configured: Settings) -> list[Result]:
         if configured.server.skip_preflight:
             log.warning("the start-up checks are left out: server.skip_preflight is set; 'by admin check' runs them")
         else:
-            checking = loop.create_task(built.checks.run())  # whoever connects meanwhile waits in the sockets' queues
+            checking = loop.create_task(_checked(built.checks))  # whoever connects meanwhile waits in a queue
             await asyncio.wait([checking, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not checking.done():
                 checking.cancel()
                 return []
             if failed := checking.result().errors:
+                await asyncio.to_thread(_turn_away, sockets)
                 return failed
         await built.relay.listen(relayed)
         api = server.server(built.control_plane, configured.server.shutdown_timeout)
@@ -131,6 +140,36 @@ async def _serve(configured: Settings) -> list[Result]:
             watching.cancel()
             await serving
     return []
+
+
+async def _checked(checks: Checks) -> Run:
+    """Run the start-up checks; what may be over in a moment is looked at once more, which costs less than a restart."""
+    run = await checks.run()
+    if run.errors and all(result.passing for result in run.errors):
+        log.warning("checks are run again: %s", ", ".join(result.name for result in run.errors))
+        run = await checks.run()
+    return run
+
+
+def _turn_away(sockets: list[socket.socket]) -> None:
+    """Answer those who wait, before a start is given up.
+
+    systemd would take them for a reason to start this daemon again at once, and again, for ever. Whoever comes later is
+    one: a cause that has gone is then noticed by itself, and otherwise StartLimitBurst= is the end.
+    """
+    until = time.monotonic() + _TURN_AWAY_WITHIN
+    for sock in sockets:
+        sock.setblocking(False)
+        while time.monotonic() < until:
+            try:
+                connection, _ = sock.accept()
+            except OSError:  # nobody is left
+                break
+            with connection, contextlib.suppress(OSError):  # it left by itself
+                connection.settimeout(_EACH_WITHIN)
+                connection.sendall(_NOT_STARTED)
+                connection.shutdown(socket.SHUT_WR)
+                connection.recv(65536)  # a close with something unread would take the answer back
 
 
 async def _watchdog(manager: ServiceManager) -> None:

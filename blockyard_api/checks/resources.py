@@ -1,12 +1,13 @@
 """Uids and limits: whether workers have what is theirs alone, and no more than they are given."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from blockyard_api.checks.context import Context, Outcome, Seen
-from blockyard_api.checks.probe import ProbeFailed
+from blockyard_api.checks.probe import ProbeFailed, Report
 from blockyard_api.checks.result import Result, info, ok, warning
 from blockyard_api.host import accounting, units
 
@@ -69,8 +70,7 @@ async def cgroup_delegation(context: Context, seen: Seen) -> Result:
     missing = [controller for controller in _CONTROLLERS if controller not in identity.controllers]
     if accounting.cgroup2_mount() is None:
         return warning(name, "There is no cgroup2 mount: no worker can be limited.", "Boot with the unified hierarchy.")
-    unit = await units.workers_unit()
-    if unit is not None and not unit.delegated:
+    if not await _is_delegated(seen.worker):
         remedy = f"Take away the drop-in that sets Delegate= of {units.WORKERS}, then restart that unit."
         return warning(name, f"{units.WORKERS} has no Delegate=yes: systemd may undo what limits workers.", remedy)
     if missing:
@@ -78,6 +78,20 @@ async def cgroup_delegation(context: Context, seen: Seen) -> Result:
         fact = f"Not delegated: {', '.join(missing)}; delegated: {', '.join(identity.controllers) or 'none'}."
         return warning(name, fact, remedy)
     return await _with_path(name, seen.worker)
+
+
+async def _is_delegated(worker: Outcome) -> bool:
+    """Tell whether systemd leaves the subtree alone; where there is no systemd, nobody else touches it.
+
+    The mark that systemd puts on a delegated cgroup says it; only without one is D-Bus asked, whose library is large.
+    """
+    mount = accounting.cgroup2_mount()
+    if mount is not None and isinstance(worker, Report) and worker.cgroup:
+        subtree = mount / PurePosixPath(worker.cgroup).parents[1].relative_to("/")
+        with contextlib.suppress(OSError):  # an older systemd, or none
+            return await asyncio.to_thread(os.getxattr, subtree, "user.delegate") == b"1"
+    unit = await units.workers_unit()
+    return unit is None or unit.delegated
 
 
 async def _with_path(name: str, worker: Outcome) -> Result:

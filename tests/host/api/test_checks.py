@@ -282,14 +282,6 @@ def test_no_bubblewrap_is_an_error(tmp_path):
     says(judged(sandbox.bwrap_available, given), "error", "No such file", "apt install bubblewrap")
 
 
-def test_a_bubblewrap_that_lacks_what_the_sandbox_needs_is_an_error(tmp_path):
-    old = tmp_path / "bwrap"
-    old.write_text("#!/bin/sh\necho bubblewrap 0.4.1 --seccomp FD\n")
-    old.chmod(0o755)
-    given = context(tmp_path / "c", f'[process]\nbwrap_path = "{old}"\n')
-    says(judged(sandbox.bwrap_available, given), "error", "--disable-userns", "--ro-bind-fd")
-
-
 def test_a_sandbox_that_starts_is_ok(usual):
     says(found(usual, "user_namespaces"), "ok", "under uid 200")
 
@@ -300,6 +292,16 @@ def test_workers_that_cannot_make_a_sandbox_are_an_error_with_the_reason(checked
     says(results["user_namespaces"], "error", "/nonexistent/bwrap", "apt install bubblewrap")
     says(results["bwrap_available"], "error", "/nonexistent/bwrap")
     says(results["worker_egress"], "error", "the probe did not run")
+
+
+def test_a_bubblewrap_that_is_too_old_is_an_error(checked, tmp_path):
+    old = Path(f"/tmp/blockyard-bwrap-{os.getpid()}")
+    old.write_text('#!/bin/sh\nexec /usr/bin/bwrap --of-tomorrow "$@"\n')
+    old.chmod(0o755)
+    try:
+        says(found(checked(f'process.bwrap_path = "{old}"'), "user_namespaces"), "error", "too old", "--of-tomorrow")
+    finally:
+        old.unlink()
 
 
 # --- uids
@@ -724,8 +726,12 @@ def test_an_error_stops_the_start_for_good_and_says_why(checked, network):
     network.address(f"{METADATA}/32")
     network.listen(METADATA, 80)
     before = len(pair.log("api"))
-    pair.launch_api()
-    assert pair.api.wait(30) == 2  # which systemd does not try again
+    with ThreadPoolExecutor() as asking:
+        waiting = asking.submit(pair.http.get, "/healthz")
+        pair.launch_api()
+        assert pair.api.wait(30) == 2  # which systemd does not try again
+        assert waiting.result().status_code == 503  # else systemd would start it again for whoever waits
+        assert waiting.result().json()["error"] == "not_started"
     words = pair.log("api")[before:].splitlines()[-1]
     assert words.startswith("blockyard-api: not started")
     assert "cloud_metadata" in words

@@ -130,7 +130,7 @@ def test_on_a_machine_as_it_was_installed_nothing_is_an_error(server):
         found = checks(server)
     for name in ("spawner_link", "bwrap_available", "user_namespaces", "bwrap_host_uid_mapping", "cloud_metadata"):
         says(found[name], "ok")
-    for name in ("resource_limits", "config_secrets", "redis_auth"):
+    for name in ("resource_limits", "config_secrets", "redis_auth", "state_dir"):
         says(found[name], "ok")
     says(found["cloud_metadata"], "ok", "this daemon may open no connection")
     path = f"system.slice/{HOLDER}/workers"
