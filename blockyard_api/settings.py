@@ -85,7 +85,7 @@ def endpoint(key: str, value: str) -> Endpoint:
         if not socket.startswith("/") or (usual is None and host):
             raise ValueError(meaning)
         return Endpoint(path=socket)
-    if not host or re.search(r"\s", host):
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]+", host):
         raise ValueError(meaning)
     return Endpoint(host, port or usual)
 

@@ -1,4 +1,4 @@
-"""AppArmor: the profile under which the spawner's children may make user namespaces, and what else can forbid them."""
+"""AppArmor: the profile under which the spawner's children may make user namespaces."""
 
 import contextlib
 import os
@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 PROFILE = "blockyard"  # systemd/blockyard-spawner.service names it
 TARGET = Path("/etc/apparmor.d/blockyard")
@@ -19,8 +18,6 @@ _PARSED_WITHIN = 60.0  # seconds
 _ENABLED = "sys/module/apparmor/parameters/enabled"
 _SECURITY = "sys/kernel/security/apparmor"
 
-Cause = Literal["missing_binary", "sysctl", "apparmor", "unknown"]
-
 
 @dataclass(frozen=True, slots=True)
 class Installed:
@@ -30,15 +27,6 @@ class Installed:
     changed: bool
     loaded: bool
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Obstacle:
-    """What keeps bwrap from making a user namespace: its kind, and one sentence each of fact and remedy."""
-
-    cause: Cause
-    fact: str
-    remedy: str
 
 
 def install(target: Path = TARGET, *, parser: str | None = None, root: Path = Path("/")) -> Installed:
@@ -77,64 +65,6 @@ def enabled(root: Path = Path("/")) -> bool:
 def mediates_user_namespaces(root: Path = Path("/")) -> bool:
     """Tell whether a profile can forbid user namespaces: kernels from 6.7 on."""
     return enabled(root) and "userns_create" in _read(root / _SECURITY / "features/namespaces/mask")
-
-
-def loaded(root: Path = Path("/")) -> bool:
-    """Tell whether the kernel has the profile; anybody may ask."""
-    found = (root / _SECURITY / "policy/profiles").glob(f"{PROFILE}.*/name")
-    return any(_read(name) == PROFILE for name in found)
-
-
-def obstacle(bwrap: str, said: str = "", *, root: Path = Path("/")) -> Obstacle:
-    """Tell why a worker's user namespace could not be made, once it could not.
-
-    `said` is what bwrap wrote: it names the cause by its errno even where /proc/sys is hidden. `root` is where /proc
-    and /sys are below.
-    """
-    if shutil.which(bwrap) is None:
-        return Obstacle(
-            "missing_binary",
-            f"There is no program {bwrap}.",
-            "Install it (apt-get install bubblewrap), or set process.bwrap_path to where it is.",
-        )
-    return _sysctl(said, root) or _apparmor(said, root) or _unknown(said)
-
-
-def _sysctl(said: str, root: Path) -> Obstacle | None:
-    exceeded = "namespaces exceeded" in said  # ENOSPC; EPERM may come from a system call filter as well
-    for key, usual in {"user.max_user_namespaces": "15000", "kernel.unprivileged_userns_clone": "1"}.items():
-        value = _read(root / "proc/sys" / key.replace(".", "/"))
-        if value == "0" or (exceeded and not value and key.startswith("user.")):
-            return Obstacle(
-                "sysctl",
-                f"The sysctl {key} is 0, so nobody can make a user namespace.",
-                f"Run 'sysctl -w {key}={usual}', and remove the line that sets it from /etc/sysctl.d.",
-            )
-    return None
-
-
-def _apparmor(said: str, root: Path) -> Obstacle | None:
-    restricted = _read(root / "proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1"
-    if not restricted and not (mediates_user_namespaces(root) and "ermission denied" in (said or "Permission denied")):
-        return None
-    if restricted:
-        fact = "AppArmor restricts user namespaces (kernel.apparmor_restrict_unprivileged_userns is 1)."
-    else:
-        fact = "AppArmor denies bwrap a user namespace: a profile of this machine forbids it."
-    restart = "'systemctl restart blockyard-spawner'"
-    if loaded(root):
-        return Obstacle("apparmor", fact, f"Run {restart}: its profile counts from its start.")
-    return Obstacle("apparmor", fact, f"Run 'by admin install-apparmor' as root, then {restart}.")
-
-
-def _unknown(said: str) -> Obstacle:
-    told = f": {' '.join(said.split())[:300]}" if said.strip() else ""
-    return Obstacle(
-        "unknown",
-        f"bwrap could not make a user namespace{told}.",
-        "See 'journalctl -k -g apparmor', and 'sysctl user.max_user_namespaces'; blockyard-spawner.service must allow "
-        "RestrictNamespaces=user.",
-    )
 
 
 def _too_old(root: Path) -> str:

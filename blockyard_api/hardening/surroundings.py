@@ -5,22 +5,19 @@ import socket
 import subprocess
 from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import unquote
 
 from blockyard_api.hardening.firewall import Address, HostAddress, Listener, Service, Surroundings
 from blockyard_api.settings import Settings
-from blockyard_spawner.config import ConfigError
 
 WORKERS = "blockyard-workers.service"
 
 _WITHIN = 10.0  # seconds
 _CONNTRACK = Path("/proc/sys/net/netfilter/nf_conntrack_max")
-_PORTS = {"redis": 6379, "rediss": 6379, "http": 80, "https": 443, "postgresql": 5432, "postgres": 5432}
 _LISTENERS = ("the API", "the relay to the apps")
 
 
 def look(settings: Settings) -> Surroundings:
-    """Look around. Raises ConfigError for a service's address that cannot be understood."""
+    """Look around."""
     process = settings.process
     return Surroundings(
         uids=(process.worker_uid_range_start, process.worker_uid_range_end),
@@ -56,41 +53,13 @@ def nameservers(file: Path) -> tuple[Address, ...]:
 
 
 def named_services(settings: Settings) -> list[tuple[str, str, int]]:
-    """List (key, host, port) of what the configuration names. Raises ConfigError, which repeats no secret."""
-    found = []
-    for key, url in (
-        ("redis.url", settings.redis.url),
-        ("vault.address", settings.vault.address),
-        ("database.url", settings.database.url),
-    ):
-        found += [(key, host, port) for host, port in _hosts(url)] if url and not _is_local_file(url) else []
-        if url and not found and not _is_local_file(url):
-            raise ConfigError(f"{settings.file}: '{key}' names no host; write it like scheme://host:port.")
-    return found
-
-
-def _is_local_file(url: str) -> bool:
-    scheme = url.partition(":")[0].partition("+")[0]
-    return scheme in ("unix", "sqlite")
-
-
-def _hosts(url: str) -> list[tuple[str, int]]:
-    """Take (host, port) from a URL, of which PostgreSQL's may name several hosts, in either of two places."""
-    scheme, _, rest = url.partition("://")
-    default = _PORTS.get(scheme.partition("+")[0])
-    place, _, query = rest.partition("?")
-    listed = [one for one in re.split(r"[/#]", place)[0].rpartition("@")[2].split(",") if one]
-    listed += [unquote(one) for value in re.findall(r"(?:^|&)host=([^&]*)", query) for one in value.split(",")]
-    found = []
-    for one in listed:
-        if one.startswith("/"):
-            continue  # a directory with a Unix socket
-        match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_.-]+))(?::([0-9]{1,5}))?", one)
-        port = int(match[3]) if match and match[3] else default
-        if match is None or port is None or not 0 < port < 1 << 16:
-            return []
-        found.append((match[1] or match[2], port))
-    return found
+    """List (key, host, port) of what the configuration names; what is a Unix socket, workers do not see."""
+    places = {
+        "redis.url": settings.redis.endpoint,
+        "vault.address": settings.vault.endpoint,
+        "database.url": settings.database.endpoint,
+    }
+    return [(key, place.host, place.port) for key, place in places.items() if place is not None and place.host]
 
 
 def _resolved(host: str, port: int) -> tuple[Address, ...]:

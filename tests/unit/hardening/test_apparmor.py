@@ -12,8 +12,6 @@ from blockyard_api.hardening import apparmor
 
 UNIT = Path(__file__).parents[3] / "systemd" / "blockyard-spawner.service"
 REFUSAL = "AppArmor parser error for {} in profile {} at line 10: Could not open 'abi/4.0': No such file or directory"
-PERMISSION = "bwrap: Creating new namespace failed: Permission denied\n"
-EXCEEDED = "bwrap: Creating new namespace failed: nesting depth or /proc/sys/user/max_*_namespaces exceeded (ENOSPC)\n"
 
 
 @pytest.fixture
@@ -56,7 +54,6 @@ MEDIATED = {
     "sys/kernel/security/apparmor/features/namespaces/mask": "userns_create",
     "proc/sys/user/max_user_namespaces": "11883",
 }
-LOADED = {"sys/kernel/security/apparmor/policy/profiles/blockyard.7/name": "blockyard"}
 UNMEDIATED = {"sys/module/apparmor/parameters/enabled": "Y", "proc/sys/user/max_user_namespaces": "11883"}
 
 
@@ -167,52 +164,3 @@ def test_the_command_tells_in_words_and_as_data_what_it_did(tmp_path):
     assert refused.returncode == 1
     assert "cannot be written" in refused.stderr
     assert "Traceback" not in refused.stderr
-
-
-@pytest.mark.parametrize(
-    ("files", "said", "cause", "remedy"),
-    [
-        ({**MEDIATED, "proc/sys/user/max_user_namespaces": "0"}, EXCEEDED, "sysctl", "user.max_user_namespaces=15000"),
-        ({}, EXCEEDED, "sysctl", "user.max_user_namespaces=15000"),  # a daemon that is shown no /proc/sys
-        (
-            {**MEDIATED, "proc/sys/kernel/unprivileged_userns_clone": "0"},
-            "bwrap: No permissions to create new namespace\n",
-            "sysctl",
-            "kernel.unprivileged_userns_clone=1",
-        ),
-        (MEDIATED, PERMISSION, "apparmor", "by admin install-apparmor"),
-        (MEDIATED, "", "apparmor", "by admin install-apparmor"),
-        ({**MEDIATED, **LOADED}, PERMISSION, "apparmor", "Run 'systemctl restart blockyard-spawner'"),
-        (
-            {**UNMEDIATED, "proc/sys/kernel/apparmor_restrict_unprivileged_userns": "1"},
-            "bwrap: setting up uid map: Permission denied\n",
-            "apparmor",
-            "by admin install-apparmor",
-        ),
-        (UNMEDIATED, PERMISSION, "unknown", "journalctl -k"),
-        (MEDIATED, "bwrap: No permissions to create new namespace\n", "unknown", "RestrictNamespaces"),
-        ({}, "", "unknown", "journalctl -k"),
-    ],
-)
-def test_what_forbids_user_namespaces_is_told_apart(machine, files, said, cause, remedy):
-    found = apparmor.obstacle("/bin/sh", said, root=machine(files))
-    assert found.cause == cause
-    assert remedy in found.remedy
-    assert found.fact.endswith(".")
-    assert found.remedy.endswith(".")
-
-
-def test_a_program_that_is_missing_or_cannot_be_run_is_told_first(machine, tmp_path):
-    (tmp_path / "text").write_text("no program")
-    for program in (tmp_path / "missing", tmp_path / "text", tmp_path):
-        found = apparmor.obstacle(str(program), PERMISSION, root=machine(MEDIATED))
-        assert found.cause == "missing_binary"
-        assert str(program) in found.fact
-        assert "process.bwrap_path" in found.remedy
-
-
-def test_another_profile_of_a_similar_name_is_not_taken_for_ours(machine):
-    root = machine(
-        {**MEDIATED, "sys/kernel/security/apparmor/policy/profiles/blockyard.other.3/name": "blockyard.other"}
-    )
-    assert not apparmor.loaded(root)

@@ -1,6 +1,5 @@
 """AppArmor: where a profile of the host denies bwrap user namespaces, ours gives workers their sandbox back."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ from machine import WORKERS, active, answers, as_user, by, r_process, run, syste
 from running_pair import simple_app, wait_for
 
 TARGET = Path("/etc/apparmor.d/blockyard")
-PYTHON = "/opt/blockyard/venv/bin/python"
 # As an administrator may have it, or a distribution: whoever runs bwrap gets no user namespace by it.
 DENYING = """abi <abi/4.0>,
 profile denying_bwrap /usr/bin/bwrap flags=(attach_disconnected, mediate_deleted) {
@@ -56,15 +54,10 @@ def visit_anew(server, app):
     return server.visitor().get(f"/app/{app}/")
 
 
-def obstacle(said):
-    """What the API makes of a sandbox that could not be made, in its own view of the machine."""
-    inside = ["nsenter", f"--target={unit('blockyard-api.service', 'MainPID')}", "--mount", "--", "setpriv"]
-    inside += ["--reuid=blockyard", "--regid=blockyard", "--clear-groups", "--no-new-privs", PYTHON, "-c"]
-    program = (
-        "import dataclasses, json, sys; from blockyard_api.hardening import apparmor; "
-        "print(json.dumps(dataclasses.asdict(apparmor.obstacle('/usr/bin/bwrap', sys.argv[1]))))"
-    )
-    return json.loads(run(*inside, program, said).stdout)
+def user_namespaces(server):
+    """What the check says of them now."""
+    found = server.http.post("/api/v1/system/checks/run").json()["checks"]
+    return next(check for check in found if check["name"] == "user_namespaces")
 
 
 @pytest.fixture
@@ -114,20 +107,20 @@ def test_what_a_profile_of_the_host_denies_to_bwrap_workers_have_by_ours(server,
     log = server.http.get(f"/api/v1/apps/{busy}/logs").text
     show(f"denied: {refused.status_code}, {log.strip().splitlines()[-2:]}")
     assert "Permission denied" in log
-    found = obstacle(log)
-    assert found["cause"] == "apparmor"
+    found = user_namespaces(server)
+    assert found["severity"] == "error"
     assert "by admin install-apparmor" in found["remedy"]
 
     status, said = finished(installing())
     assert status == 0, said
     assert "loaded" in said
     assert "Warning" not in said
-    assert obstacle(log)["remedy"].startswith("Run 'systemctl restart blockyard-spawner'")
     restart_spawner(server)
     assert label(unit("blockyard-spawner.service", "MainPID")) == "blockyard (enforce)"
     served = visit_anew(server, busy)
     assert served.status_code == 200, served.text
     assert "all of it worked" in served.text
+    assert user_namespaces(server)["severity"] == "ok"
     (worker,) = active(server, busy)
     assert label(r_process(worker["id"])) == "blockyard (enforce)"
 
