@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
@@ -39,9 +40,14 @@ class Host(FakeSpawner):
         super().__init__(*where)
         self.report = lambda env: []
         self.exits = False
+        self.serves = False  # a probe listens before it says a word, and speaks no HTTP
+        self.listeners = []
 
     def _spawn(self, request, descriptors):
         answer = super()._spawn(request, descriptors)
+        self.listeners.append(socket.socket(socket.AF_UNIX))
+        self.listeners[-1].bind(str(self.socket_of(request.id)))
+        self.listeners[-1].listen()
         for line in self.report(request.env):
             os.write(
                 self.workers[request.id].log, (line if isinstance(line, str) else json.dumps(line)).encode() + b"\n"
@@ -67,6 +73,8 @@ async def host():
     assert not spawner.prober.running
     assert not spawner.running()
     await spawner.close()
+    for listener in spawner.listeners:
+        listener.close()
     shutil.rmtree(root)
 
 
