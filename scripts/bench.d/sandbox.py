@@ -5,6 +5,7 @@ Bare is the same program with the same environment and the same files, outside; 
 """
 
 import os
+import random
 import re
 import socket
 import statistics
@@ -45,12 +46,16 @@ _CPU_BOUND = """
   }
 """
 _FILE_READING = """
-  for (i in 1:4) for (file in list.files("data", full.names = TRUE)) {
+  for (i in 1:8) for (file in list.files("data", full.names = TRUE)) {
     stopifnot(file.info(file)$size > 1000, nrow(read.csv(file)) == 200, nchar(readLines(file, 1)) > 0)
   }
 """
-_CSV = "a,b,c\n" + "".join(f"{row},{row * 1.5},text{row}\n" for row in range(200))
-_DATA = {f"data/{number:03}.csv": _CSV for number in range(200)}
+_chance = random.Random(1)  # what compresses too well is no bundle
+_DATA = {
+    f"data/{number:03}.csv": "a,b,c\n"
+    + "".join(f"{row},{_chance.random()},text{_chance.getrandbits(64)}\n" for row in range(200))
+    for number in range(100)
+}
 
 
 class Starter:
@@ -60,6 +65,8 @@ class Starter:
         pair.deploy("bench", files)
         self.bundle = str(pair.http.get("/api/v1/apps/bench").json()["active_bundle"])
         self.directory = pair.state / "bundles" / self.bundle
+        pair.api.terminate()  # it would stop the workers, which are not its own
+        pair.api.wait()
         self._connection = connection
         self._numbers = count(1)
 
