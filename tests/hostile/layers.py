@@ -1,0 +1,6 @@
+"""Names of the layers that are no part of bwrap's command line."""
+
+DESCRIPTORS = "the closing of descriptors"
+FILTER = "the system call filter"
+OPEN_FILES = "the limit of open files"
+TERMINAL = "the lack of a terminal"
