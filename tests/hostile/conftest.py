@@ -7,8 +7,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "host" / "api"))
 
-from running_pair import USER, Pair  # noqa: E402 - its place is known only now
-from target import Target  # noqa: E402
+from running_pair import USER, Pair
+from target import Target
 
 SETTINGS = "process.tmp_size = '32m'\nprocess.network = 'none'\nproxy.max_workers = 20"
 

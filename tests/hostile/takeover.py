@@ -1,11 +1,11 @@
 """The API, taken over: what whoever has its uid may say to the spawner, and do to this machine. Run as that uid.
 
-    takeover.py connect PATH             follow a name and tell who listens there
-    takeover.py ask SOCKET < requests    send requests, one JSON object a line, and print the replies
-    takeover.py flood SOCKET TIMES       send a full load of descriptors again and again
-    takeover.py hold SOCKET COUNT        start so many probes at once, and go away without a word
-    takeover.py write PATH…              try to write to files, and to make, move and remove them
-    takeover.py race SOCKET DIRECTORY NAME OTHER TIMES   swap a bundle's name with a link while workers start
+takeover.py connect PATH             follow a name and tell who listens there
+takeover.py ask SOCKET < requests    send requests, one JSON object a line, and print the replies
+takeover.py flood SOCKET TIMES       send a full load of descriptors again and again
+takeover.py hold SOCKET COUNT        start so many probes at once, and go away without a word
+takeover.py write PATH…              try to write to files, and to make, move and remove them
+takeover.py race SOCKET DIRECTORY NAME OTHER TIMES   swap a bundle's name with a link while workers start
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def hold(path, count):
     _, writing = os.pipe()
     replies = []
     for number in range(int(count)):
-        wish = {"op": "spawn", "id": f"held-{os.getpid()}-{number:04}", "kind": "probe", "app": "held"}
+        wish = {"op": "spawn", "id": f"held{os.getpid():08}{number:04}", "kind": "probe", "app": "held"}
         replies.append(client.say([writing], **wish))
     return {"started": [reply["ok"]["id"] for reply in replies if "ok" in reply],
             "refused": [reply["error"]["code"] for reply in replies if "error" in reply]}  # fmt: skip
@@ -140,7 +140,7 @@ def race(path, directory, name, other, times):
         for number in range(int(times)):
             client = Client(path)
             reading, writing = os.pipe()
-            wish = {"op": "spawn", "id": f"race-{os.getpid()}-{number:05}", "kind": "app", "app": "race"}
+            wish = {"op": "spawn", "id": f"race{os.getpid():08}{number:05}", "kind": "app", "app": "race"}
             answer = client.say([writing], bundle=name, **wish)
             os.close(writing)
             if "error" in answer:

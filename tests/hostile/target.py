@@ -1,6 +1,7 @@
 """The server under attack, on this host or in a booted machine, and how one comes to be its hostile app."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -57,6 +58,16 @@ class Target:
     def last_worker(self, app):
         return self.server.runtime(app)["workers"][0]
 
+    def api(self):
+        """The process that holds the relay's connections."""
+        listed = subprocess.run(
+            ["pgrep", "--uid", self.user], capture_output=True, text=True, check=True
+        ).stdout.split()
+        words = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in listed}
+        ours = [pid for pid in listed if "blockyard" in words[pid] and "setpriv" not in words[pid]]
+        mine = [pid for pid in ours if str(self.config) in words[pid]]
+        return int((mine or ours)[0])
+
     def spawner(self):
         """The pid of the root helper behind the socket."""
         listed = subprocess.run(["pgrep", "--full", "blockyard_spawner.main|bin/blockyard-spawner"],
@@ -66,13 +77,20 @@ class Target:
         assert len(mine) == 1, named
         return int(mine[0])
 
-    def as_api(self, program, *arguments, within=240):
-        """Run one of these programs as the API's uid, which is all that a taken-over API is."""
+    def as_api(self, *command, within=240, **options):
+        """Run a command as the API's uid, which is all that a taken-over API has."""
         return subprocess.run(
-            ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--init-groups", self.python,
-             PLACE / program, *map(str, arguments)],
-            capture_output=True, text=True, timeout=within, check=False, cwd="/",
+            ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--init-groups", *map(str, command)],
+            capture_output=True, text=True, timeout=within, check=False, cwd="/", **options,
         )  # fmt: skip
+
+    def taken_over(self, *arguments, requests=()):
+        """Have takeover.py do something as the API's uid; return what it tells, a value a line."""
+        program = (PLACE / "takeover.py").read_text()  # handed over, since that uid may not be able to read it here
+        lines = "".join(json.dumps(request) + "\n" for request in requests)
+        done = self.as_api(self.python, "-c", program, *arguments, input=lines)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @dataclass
@@ -94,15 +112,17 @@ class Shell:
         assert re.search(r"status \d+$", answer.text), answer.text
         return answer.text.rpartition("status ")[0].strip()
 
-    def weakened(self, command, *, off=(), uid=None, network="none", show=(), words=(), within=60, flags=(), bundle=None):
+    def weakened(
+        self, command, *, off=(), uid=None, network="none", show=(), words=(), within=60, flags=(), bundle=None
+    ):
         """Run a command in the same sandbox with layers switched off; return what it printed."""
         options = [] if uid is None else [f"--uid={uid}"]
         options += [*(f"--off={name}" for name in off), *(f"--show={path}" for path in show)]
         options += [f"--words={each}" for each in words] + list(flags)
         prelude = "cp /app/attack /tmp/attack; chmod 755 /tmp/attack;"
+        options += ["--config", self.target.config, "--bundle", bundle or self.bundle, "--network", network]
         done = subprocess.run(
-            [self.target.python, PLACE / "weakened.py", "--config", self.target.config, "--bundle", bundle or self.bundle,
-             "--network", network, "--within", str(within), *options, prelude + command],
+            [self.target.python, PLACE / "weakened.py", *options, f"--within={within}", prelude + command],
             capture_output=True, text=True, timeout=within + 60, check=False, cwd="/",
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

@@ -7,7 +7,6 @@ import time
 import httpx
 import pytest
 from target import PROGRAMS, READY, packed, resident
-from test_hostile_ends import api_pid
 
 pytest_plugins = ["hostile_apps"]
 
@@ -57,7 +56,7 @@ def test_a_second_answer_behind_the_first_reaches_nobody(target, liar, neighbour
 
 def test_a_body_of_ten_gigabytes_passes_through_and_ends_with_its_visitor(target, liar, neighbour_lives_on):
     first, other = liar
-    before, taken = resident(api_pid(target)), 0
+    before, taken = resident(target.api()), 0
     with first.http.stream("GET", "/app/liar/body") as answer, contextlib.suppress(httpx.ReadError):
         for piece in answer.iter_raw():
             taken += len(piece)
@@ -72,5 +71,5 @@ def test_a_body_of_ten_gigabytes_passes_through_and_ends_with_its_visitor(target
         for _ in range(10):
             honest(other)
             time.sleep(0.1)
-        assert resident(api_pid(target)) < before + (32 << 20)
+        assert resident(target.api()) < before + (32 << 20)
     honest(first)

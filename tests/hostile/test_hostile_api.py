@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from running_pair import wait_for
-from target import CANARY, PLACE, processes_of
+from target import CANARY, processes_of
 
 pytest_plugins = ["hostile_apps"]
 
-SPAWN = {"op": "spawn", "id": "taken-over-0001", "kind": "probe", "app": "taken-over"}
+SPAWN = {"op": "spawn", "id": "takenover0001", "kind": "probe", "app": "taken-over"}
 APP = {**SPAWN, "kind": "app", "bundle": "x"}
 
 # Each line of the architecture's first section: what the API must be unable to do, and ways to ask for it.
@@ -40,12 +40,12 @@ WISHES = {
     ],
     "another cgroup or directory": [
         {**SPAWN, "id": ".."}, {**SPAWN, "id": "../holder"}, {**SPAWN, "id": "/"}, {**SPAWN, "id": "../../x-y-z-w"},
-        {**SPAWN, "id": "taken-over\n"}, {**SPAWN, "id": ""}, {**SPAWN, "id": "x" * 300}, {**SPAWN, "cgroup": "/"},
+        {**SPAWN, "id": "takenover\n"}, {**SPAWN, "id": ""}, {**SPAWN, "id": "x" * 300}, {**SPAWN, "cgroup": "/"},
     ],
     "a signal to a process that is no worker": [
         {"op": "stop", "id": "1"}, {"op": "stop", "id": ".."}, {"op": "stop", "id": "holder"}, {"op": "stop", "pid": 1},
-        {"op": "stop", "id": "taken-over-none"}, {"op": "kill", "id": "1"}, {"op": "signal", "pid": 1, "signal": 9},
-        {"op": "stop", "id": "taken-over-none", "grace": -1}, {"op": "stop", "id": "taken-over-none", "grace": 2**40},
+        {"op": "stop", "id": "takenovernone"}, {"op": "kill", "id": "1"}, {"op": "signal", "pid": 1, "signal": 9},
+        {"op": "stop", "id": "takenovernone", "grace": -1}, {"op": "stop", "id": "takenovernone", "grace": 2**40},
     ],
     "a name that is more than a name": [
         {**SPAWN, "app": "--bind"}, {**SPAWN, "app": "a b"}, {**SPAWN, "app": "a\nBLOCKYARD_UID=0"},
@@ -58,21 +58,14 @@ WISHES = {
 
 def asked(target, requests):
     """Ask as the API's uid; return the replies in order."""
-    done = subprocess.run(
-        ["setpriv", f"--reuid={target.user}", f"--regid={target.user}", "--init-groups", target.python,
-         PLACE / "takeover.py", "ask", target.spawner_socket],
-        input="".join(json.dumps(request) + "\n" for request in requests),
-        capture_output=True, text=True, timeout=240, check=False, cwd="/",
-    )  # fmt: skip
-    replies = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(replies) == len(requests), done.stderr
+    replies = target.taken_over("ask", target.spawner_socket, requests=requests)
+    assert len(replies) == len(requests)
     return replies
 
 
-def told(target, name, *arguments):
-    done = target.as_api("takeover.py", name, *arguments)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def told(target, *arguments):
+    (answer,) = target.taken_over(*arguments)
+    return answer
 
 
 def host_state(target):
@@ -176,24 +169,19 @@ def test_a_bundle_that_bwrap_looks_up_by_its_name_would_lead_elsewhere(target, s
 
 
 def test_nothing_that_the_spawner_reads_or_runs_can_be_changed_by_the_apis_user(target):
-    prefix = Path(subprocess.run([target.python, "-c", "import sys; print(sys.prefix)"],
-                                 capture_output=True, text=True, check=True).stdout.strip())  # fmt: skip
-    packages = subprocess.run(
-        [target.python, "-c", "import blockyard_spawner as s, msgpack, prctl; print(s.__path__[0], msgpack.__path__[0])"],
-        capture_output=True, text=True, check=True, cwd="/",
-    ).stdout.split()  # fmt: skip
-    inputs = [target.config, prefix, prefix / "bin", prefix / "lib", *packages, "/usr/bin/bwrap", "/usr/bin/R", "/usr/lib/R/bin",
-              "/etc/passwd", "/etc/ld.so.cache", "/etc/ld.so.preload", "/etc", "/usr/bin", "/usr/lib"]  # fmt: skip
-    for optional in ("/etc/blockyard", "/usr/local/lib/systemd", "/etc/systemd/system", "/etc/polkit-1", "/run/systemd"):
-        if os.path.isdir(optional):
-            inputs.append(optional)
+    program = (
+        "import sys, blockyard_spawner as s, msgpack, prctl; print(sys.prefix, s.__path__[0], msgpack.__path__[0])"
+    )
+    prefix, *packages = subprocess.check_output([target.python, "-c", program], text=True, cwd="/").split()
+    shallow = ["/etc", "/usr/bin", "/usr/lib", "/run/systemd", prefix, f"{prefix}/lib", f"{prefix}/bin"]
+    inputs = [
+        *(target.config, *packages, "/usr/bin/bwrap", "/usr/bin/R", "/usr/lib/R/bin", "/etc/passwd", *shallow),
+        *("/etc/ld.so.cache", "/etc/ld.so.preload", "/etc/blockyard", "/etc/systemd/system", "/etc/polkit-1"),
+        "/usr/local/lib/systemd",
+    ]
     whole = [path for path in (str(each) for each in inputs) if os.path.exists(path)]
-    shallow = ["/etc", "/usr/bin", "/usr/lib", str(prefix), str(prefix / "lib"), str(prefix / "bin"), "/run/systemd"]
-    written = subprocess.run(
-        ["setpriv", f"--reuid={target.user}", f"--regid={target.user}", "--init-groups", "find", *whole,
-         "-xdev", "-writable", "!", "-type", "l", "!", "-type", "s", "!", "-type", "p", "!", "-type", "c", "-print"],
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    links_and_devices = [word for kind in "lspc" for word in ("!", "-type", kind)]
+    written = target.as_api("find", *whole, "-xdev", "-writable", *links_and_devices, "-print")
     assert written.stdout.split() == []
     deep = [path for path in whole if path not in shallow]
     tried = told(target, "write", *deep)
@@ -211,10 +199,7 @@ def test_the_apis_user_cannot_signal_trace_or_look_into_the_spawner_or_a_worker(
     for pid in (target.spawner(), worker.pid):
         for command in (["kill", "-9", str(pid)], ["cat", f"/proc/{pid}/environ"], ["cat", f"/proc/{pid}/mem"],
                         ["ls", f"/proc/{pid}/fd/"], ["ls", f"/proc/{pid}/root/"]):  # fmt: skip
-            done = subprocess.run(
-                ["setpriv", f"--reuid={target.user}", f"--regid={target.user}", "--init-groups", *command],
-                capture_output=True, text=True, timeout=60, check=False,
-            )  # fmt: skip
+            done = target.as_api(*command)
             assert done.returncode != 0, command
             assert "ermission denied" in done.stderr or "not permitted" in done.stderr, (command, done.stderr)
     assert processes_of(worker.uid)
@@ -222,17 +207,18 @@ def test_the_apis_user_cannot_signal_trace_or_look_into_the_spawner_or_a_worker(
 
 def test_the_apis_user_writes_to_no_cgroup(target, neighbour):
     _, worker = neighbour
-    for group in (target.cgroup, target.cgroup / "workers", target.cgroup / "workers" / worker.id, target.cgroup.parent):
+    for group in (
+        target.cgroup,
+        target.cgroup / "workers",
+        target.cgroup / "workers" / worker.id,
+        target.cgroup.parent,
+    ):
         for knob, value in (("cgroup.procs", "0"), ("cgroup.kill", "1"), ("cgroup.freeze", "1"), ("pids.max", "max"),
                             ("memory.max", "max"), ("cgroup.subtree_control", "-pids")):  # fmt: skip
             if (group / knob).exists():
-                done = subprocess.run(
-                    ["setpriv", f"--reuid={target.user}", f"--regid={target.user}", "--init-groups", "sh", "-c",
-                     'echo "$1" > "$2"', "sh", value, group / knob],
-                    capture_output=True, text=True, timeout=60, check=False,
-                )  # fmt: skip
+                done = target.as_api("sh", "-c", 'echo "$1" > "$2"', "sh", value, group / knob)
                 assert "Permission denied" in done.stderr, (group, knob)
-        assert target.as_api("takeover.py", "write", group).stdout.count('"make"') == 0
+        assert told(target, "write", group)["possible"] == {}
 
 
 @pytest.mark.parametrize("uid", [65534, 2**20 + 11], ids=["nobody", "a stranger"])

@@ -1,6 +1,5 @@
 """A hostile app at its end, and what it leaves: nothing survives, nothing reaches the next one, nobody else suffers."""
 
-import json
 import os
 import re
 import subprocess
@@ -104,7 +103,7 @@ def test_the_next_worker_with_the_same_uid_finds_nothing_of_the_last(target, she
     target.end("planting")
     nothing_is_left(target, worker)
     assert files_of(worker.uid) == []
-    assert str(worker.uid) not in subprocess.run(["ipcs", "-m", "-c"], capture_output=True, text=True).stdout
+    assert str(worker.uid) not in subprocess.check_output(["ipcs", "-m", "-c"], text=True)
     found = shell.weakened(LOOK, uid=worker.uid)
     assert found.splitlines()[:3] == ["ENOENT", "ENOENT", "0"]
     assert "left" not in found
@@ -185,8 +184,8 @@ def test_a_connection_that_follows_links_would_have_reached_the_other_worker(tar
     other = target.runtime / neighbour[1].id / "app.sock"
     shell, worker = started(target, "linking", program)
     shell.run(f"ln -s {other} /run/worker/link.sock")
-    naive = target.as_api("takeover.py", "connect", target.runtime / worker.id / "link.sock")
-    assert json.loads(naive.stdout) == {"connected": True, "uid": neighbour[1].uid}
+    naive = target.taken_over("connect", target.runtime / worker.id / "link.sock")
+    assert naive == [{"connected": True, "uid": neighbour[1].uid}]
     target.end("linking")
 
 
@@ -194,7 +193,7 @@ def test_a_connection_that_follows_links_would_have_reached_the_other_worker(tar
 
 
 def test_a_flood_of_log_lines_costs_the_api_no_memory_and_a_bounded_file(target, shell, neighbour_lives_on):
-    api = api_pid(target)
+    api = target.api()
     before, amount = resident(api), target.processes * 1000  # bytes
     began = time.monotonic()
     shell.run(f"yes 'a line of a flood' | head -c {amount} >&3; head -c 3000000 /dev/zero >&3")
@@ -203,11 +202,3 @@ def test_a_flood_of_log_lines_costs_the_api_no_memory_and_a_bounded_file(target,
     worker = target.worker("hostile")
     kept = sum(path.stat().st_size for path in (target.state / "logs").rglob("*") if worker.id in str(path))
     assert 0 < kept <= 11 << 20
-
-
-def api_pid(target):
-    """The process that holds the relay's connections."""
-    owned = [pid for pid in subprocess.run(["pgrep", "--uid", target.user], capture_output=True, text=True).stdout.split()
-             if "blockyard" in Path(f"/proc/{pid}/cmdline").read_text()]  # fmt: skip
-    mine = [pid for pid in owned if str(target.config) in Path(f"/proc/{pid}/cmdline").read_text() or len(owned) == 1]
-    return int(mine[0])

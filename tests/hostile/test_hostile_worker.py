@@ -29,7 +29,7 @@ def place(target, neighbour, shell, program, tmp_path_factory):
     tried.write_bytes(program.read_bytes())
     tried.chmod(0o755)
     for plant in ("plant_shm", "plant_queue"):
-        assert subprocess.run([*as_decoy, tried, plant], capture_output=True, text=True).stdout == "ok\n"
+        assert subprocess.check_output([*as_decoy, tried, plant], text=True) == "ok\n"
     with (
         socket.socket(socket.AF_UNIX) as service,
         socket.socket(socket.AF_UNIX) as abstract,

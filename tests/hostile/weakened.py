@@ -25,7 +25,6 @@ from blockyard_spawner import config as configuration
 from blockyard_spawner import launch, policy, protocol, sandbox
 
 
-
 def without(argv, *words):
     """Take words that stand side by side out of a list."""
     for at in range(len(argv)):
@@ -84,7 +83,7 @@ def parse():
 
 def main():
     asked = parse()
-    config = {**configuration.load(asked.config, {}, configuration.KEYS)}
+    config = {**configuration.load(asked.config, os.environ, configuration.KEYS)}
     off = set(asked.off)
     asked.uid = asked.uid or config["process.worker_uid_range_end"]
     if FILTER in off:

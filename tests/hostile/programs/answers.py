@@ -57,6 +57,8 @@ def serve(sock):
                     data += more
                 head, _, data = data.partition(b"\r\n\r\n")
                 answer(sock, head.split()[1].decode().partition("?")[0])
+                if b"\r\nconnection: close" in head.lower():
+                    return
         except OSError:
             return
 

@@ -10,10 +10,14 @@ import pytest
 CHECKOUT = Path(__file__).parents[3]
 sys.path.insert(0, str(CHECKOUT / "tests" / "host" / "api"))
 
-from running_pair import Server, simple_app  # noqa: E402 - its place is known only now
+from machine import WORKERS  # noqa: E402 - their places are known only now
+from running_pair import Server, simple_app  # noqa: E402
+from target import Target  # noqa: E402 - of tests/hostile, which `run` puts beside this file
 
 PORT = "/dev/virtio-ports/results"
 STATE = Path("/var/lib/blockyard")
+PYTHON = "/opt/blockyard/venv/bin/python"
+RUNTIME = Path("/run/blockyard/workers")
 UP_WITHIN = 600  # seconds, under emulation and on a busy machine
 
 
@@ -46,6 +50,15 @@ def plain(server):
     """The name of an app that shows a plain page."""
     server.deploy("plain", simple_app())
     return "plain"
+
+
+@pytest.fixture(scope="session")
+def target(server):
+    """The installed server, for the hostile tests."""
+    return Target(
+        server, Path("/etc/blockyard/blockyard.toml"), PYTHON, "blockyard", STATE, RUNTIME, WORKERS,
+        Path("/run/blockyard/spawner.sock"), tmp_size=256 << 20, processes=4_000,
+    )  # fmt: skip
 
 
 def pytest_runtest_logreport(report):
