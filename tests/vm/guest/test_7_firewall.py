@@ -308,7 +308,7 @@ def test_the_firewalls_units_are_locked_down(server, show):
         told = run("systemd-analyze", "security", "--no-pager", name, check=False).stdout
         line = told.strip().splitlines()[-1]
         show(line.strip("→ "))
-        assert float(re.search(r"service: ([\d.]+)", line)[1]) <= 3.0
+        assert float(re.search(r"service: ([\d.]+)", line)[1]) <= 2.0
         assert unit(name, "CapabilityBoundingSet") == "cap_net_admin"
         assert unit(name, "DynamicUser") == "yes"
 
