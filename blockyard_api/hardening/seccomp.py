@@ -107,8 +107,9 @@ def _under(program: bytes) -> int:
     instructions = ctypes.create_string_buffer(program, len(program))
     count = len(program) // _INSTRUCTION.size
     header = ctypes.create_string_buffer(struct.pack("@HP", count, ctypes.addressof(instructions)))
-    for call in ((_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header, 0, 0)):
-        if libc.prctl(*call):
+    address = ctypes.addressof(header)
+    for call in ((_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, address, 0, 0)):
+        if libc.prctl(*map(ctypes.c_ulong, call)):
             return ctypes.get_errno()
     refused = libc.unshare(0) < 0 and ctypes.get_errno() == errno.EPERM  # without a filter it does nothing, and well
     return 0 if refused and os.getpid() else _SURPRISED
