@@ -14,7 +14,7 @@ pytest_plugins = ["hostile_apps"]
 DECOY = 2**20 + 7  # a uid that nobody else has
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def place(target, neighbour, shell, program, tmp_path_factory):
     """What an attack's names stand for: the host and the neighbour, each with something to take."""
     bundle, other = neighbour

@@ -29,7 +29,7 @@ def answer(sock, path):
     elif path == "/switch":
         sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: mine\r\nConnection: Upgrade\r\n\r\n" + SMUGGLED)
     elif path == "/bare":
-        sock.sendall(b"HTTP/1.1 200 OK\nX: a\rSet-Cookie: stolen=1\nContent-Length: 2\n\nok")
+        sock.sendall(b"HTTP/1.1 200 OK\nX: a\rSet-Cookie: stolen=1\nContent-Length: 2\n\nok\r\n\r\n")
     elif path == "/headers":
         endless(sock, b"HTTP/1.1 200 OK\r\n", b"X-More: " + b"x" * 1000 + b"\r\n")
     elif path == "/line":
