@@ -836,6 +836,7 @@ def test_the_command_line_shows_a_table_and_succeeds_where_there_is_no_error(usu
     assert done.returncode == 0, done.stderr
     assert re.search(r"^spawner_link +ok +The spawner answers", done.stdout, re.MULTILINE)
     assert re.search(r"^seccomp_profile +warning +.* Set process.seccomp_profile", done.stdout, re.MULTILINE)
+    assert usual.token not in done.stdout + done.stderr
     told = json.loads(by(usual, tmp_path, "admin", "check", "--json").stdout)
     assert told["severity"] == "warning"
     assert told["seconds"] <= 10

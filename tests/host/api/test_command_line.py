@@ -125,7 +125,7 @@ def test_without_a_terminal_a_login_says_how_to_give_the_token(pair, stranger):
 
 def test_no_command_shows_the_token(pair, shell):
     shell.by("login")
-    for command in ("list", "tokens list", "admin status", "admin check", "logout"):
+    for command in ("list", "tokens list", "admin status", "logout"):
         done = shell.by(*command.split())
         assert pair.token not in done.stdout + done.stderr
 
