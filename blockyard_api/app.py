@@ -79,7 +79,10 @@ async def running(
     state_dir = Path(settings.storage.state_dir)
     prepare_state(state_dir)
     async with database.opened(database_path(settings)) as store, asyncio.TaskGroup() as tasks:
-        spawner = Spawner(settings.process.spawner_socket, units.revive_spawner)
+        spawners = {
+            "process": Spawner(settings.process.spawner_socket, units.revive_spawner),
+            "docker": Spawner(settings.docker.spawner_socket, _never),  # its socket unit starts it
+        }
         logs = Logs(state_dir / "logs")
         catalog = Catalog(store)
         await catalog.load()
@@ -87,7 +90,7 @@ async def running(
         def forget(upstream: WorkerSocket) -> None:
             relay.forget(upstream)
 
-        fleet = Fleet(settings, catalog, store, spawner, logs, manager, tasks, forget)
+        fleet = Fleet(settings, catalog, store, spawners, logs, manager, tasks, forget)
         sessions = Sessions(settings.proxy, fleet, store)
 
         def token_revoked(token_id: str) -> None:
@@ -105,12 +108,14 @@ async def running(
             trusted_proxies=settings.server.trusted_proxies,
             public_scheme=urlsplit(settings.proxy.public_url).scheme,
         )
-        checks = Checks(Context(settings, spawner, catalog.all, listening))
+        checks = Checks(Context(settings, spawners["process"], catalog.all, listening))
         services = Services(
-            settings, store, tokens, catalog, fleet, sessions, deployments, spawner, logs, addresses, checks
+            settings, store, tokens, catalog, fleet, sessions, deployments, spawners, logs, addresses, checks
         )
         adopting = tasks.create_task(_adopt(fleet, sessions, log_pipes))
-        keeping = tasks.create_task(_keep_house(settings, fleet, sessions, catalog, deployments, logs, checks))
+        keeping = tasks.create_task(
+            _keep_house(settings, fleet, sessions, catalog, deployments, logs, checks, log_pipes)
+        )
         try:
             yield Built(application.build(services), relay, checks)
         finally:
@@ -120,7 +125,8 @@ async def running(
                 await _try(sessions.save)
             for task in (adopting, keeping, *fleet.lives(), *deployments.running()):
                 task.cancel()
-            spawner.close()
+            for spawner in spawners.values():
+                spawner.close()
 
 
 async def _adopt(fleet: Fleet, sessions: Sessions, log_pipes: dict[str, int]) -> None:
@@ -144,6 +150,7 @@ async def _keep_house(
     deployments: Deployments,
     logs: Logs,
     checks: Checks,
+    log_pipes: dict[str, int],
 ) -> None:
     """Do what is due now and then: end idle workers, retry warm slots, save sessions, delete what is old."""
     loop = asyncio.get_running_loop()
@@ -155,6 +162,8 @@ async def _keep_house(
         for app in catalog.all():
             fleet.reconcile(app.id)
         await _try(sessions.save)
+        if fleet.waited_for():
+            await _try(partial(fleet.adopt, log_pipes))
         await _try(partial(fleet.sweep, checks.probing))
         await _try(fleet.look_at_limits)
         if loop.time() >= clean_at:
@@ -162,6 +171,10 @@ async def _keep_house(
             await _try(partial(logs.prune, settings.proxy.log_retention))
             await _try(deployments.purge_deleted)
         await asyncio.sleep(period)
+
+
+async def _never() -> bool:
+    return False
 
 
 async def _try(chore: Callable[[], Awaitable[None]]) -> None:

@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from blockyard_spawner import config
 from blockyard_spawner.config import ConfigError, Key
+from blockyard_spawner.docker import config as docker
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -122,7 +123,7 @@ def networks(value: object) -> tuple[Network, ...]:
 KEYS: Mapping[str, Key] = {
     **config.KEYS,
     "server.bind": Key(bind, ("127.0.0.1", 8080)),
-    "server.backend": Key(config.choice("process"), "process"),
+    "server.backend": Key(config.choice("process", "docker"), "process"),
     "server.external_url": Key(url, "http://127.0.0.1:8080"),
     "server.trusted_proxies": Key(networks, ()),
     "server.log_level": Key(config.choice("debug", "info", "warning", "error"), "info"),
@@ -148,6 +149,8 @@ KEYS: Mapping[str, Key] = {
     "proxy.log_retention": Key(positive_duration, 30 * 86400.0),
     "process.spawner_socket": Key(config.path, "/run/blockyard/spawner.sock"),
     "process.skip_metadata_check": Key(config.boolean, False),
+    **docker.KEYS,
+    "docker.spawner_socket": Key(config.path, "/run/blockyard/spawner-docker.sock"),
 }
 
 
@@ -254,6 +257,14 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
+class Docker:
+    """Section [docker], as far as the API has to do with it."""
+
+    spawner_socket: str
+    runtime_dir: str
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """The whole configuration."""
 
@@ -264,6 +275,7 @@ class Settings:
     vault: Vault
     proxy: Proxy
     process: Process
+    docker: Docker
     file: str = field(default=config.DEFAULT_PATH)
 
 
@@ -308,4 +320,5 @@ _SECTIONS: Mapping[str, Any] = {
     "vault": Vault,
     "proxy": Proxy,
     "process": Process,
+    "docker": Docker,
 }

@@ -9,7 +9,7 @@ import pwd
 import resource
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 os.environ["MSGPACK_PUREPYTHON"] = "1"  # no C parser sees a hostile peer's bytes; msgpack reads this when imported
@@ -43,7 +43,8 @@ def main() -> None:
         policy.check(config)
         user = _api_user(config, unprivileged=arguments.unprivileged)
         workers = Workers(config, user.pw_gid, unprivileged=arguments.unprivileged)
-        listener = _listen(arguments.socket, user.pw_gid)
+        ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid()) and os.environ.pop("LISTEN_FDS", "") == "1"
+        listener = listen(arguments.socket, user.pw_gid, [3] if ours else [])
     except (ConfigError, OSError) as error:
         parser.exit(2, f"blockyard-spawner: {error}\n")
     with contextlib.suppress(asyncio.CancelledError):
@@ -83,7 +84,8 @@ def _api_user(config: Mapping[str, Any], *, unprivileged: bool) -> pwd.struct_pa
     return user
 
 
-def _listen(path: str | None, gid: int) -> socket.socket:
+def listen(path: str | None, gid: int, passed: Sequence[int]) -> socket.socket:
+    """Listen at `path` for a group, or on the one socket that was passed. Raises ConfigError."""
     if path:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pathlib.Path(path).unlink(missing_ok=True)
@@ -92,8 +94,8 @@ def _listen(path: str | None, gid: int) -> socket.socket:
         os.umask(0o022)
         os.chown(path, -1, gid)
         listener.listen()
-    elif os.environ.pop("LISTEN_PID", "") == str(os.getpid()) and os.environ.pop("LISTEN_FDS", "") == "1":
-        listener = socket.socket(fileno=3)
+    elif len(passed) == 1:
+        listener = socket.socket(fileno=passed[0])
         listener.set_inheritable(False)
     else:
         raise ConfigError("Start blockyard-spawner.socket, or give --socket: there is no socket to listen on.")

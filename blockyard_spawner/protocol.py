@@ -23,6 +23,7 @@ Name = Annotated[str, re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")]
 EnvName = Annotated[str, re.compile("[A-Z][A-Z0-9_]{0,63}")]
 Text = Annotated[str, re.compile(r"[^\x00]{0,4096}")]
 Network = Annotated[str, re.compile("host|none")]
+Access = Annotated[str, re.compile("public|logged_in|acl")]
 Amount = Annotated[int, range(1, 2**64)]  # what is too much is for root's ceilings to say
 
 
@@ -67,6 +68,7 @@ class Spawn:
     network: Network | None = None
     limits: Limits = field(default_factory=Limits)
     scratch_copy: bool = False
+    access: Access | None = None  # who may visit: where a backend has several runtimes, root chooses one by it
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from blockyard_spawner.policy import Launch
 
 # What runs inside, by the request's kind: a file of ./sandboxed, which root hands over and never runs.
 PROGRAMS = {"app": "launch.R", "probe": "probe.py"}
-_PLACE = "/run/blockyard"
-_R_OPTIONS = ("--no-echo", "--no-restore", "--no-save", "--no-init-file", f"--file={_PLACE}/launch.R")
-_PROBE = ("/usr/bin/python3", "-I", f"{_PLACE}/probe.py")
+PLACE = "/run/blockyard"
+_R_OPTIONS = ("--no-echo", "--no-restore", "--no-save", "--no-init-file", f"--file={PLACE}/launch.R")
+_PROBE = ("/usr/bin/python3", "-I", f"{PLACE}/probe.py")
 _NAMESPACES = ("--unshare-user", "--disable-userns", "--unshare-pid", "--unshare-ipc", "--unshare-uts")
 _READABLE = (
     *("/usr", "/opt/R"),  # the latter: where other makers put versions of R
@@ -30,7 +30,12 @@ def files(config: Mapping[str, Any], uid: int, kind: str, program: bytes) -> dic
     """Name the files that are made for a worker, and their contents."""
     gid = config["process.worker_gid"]
     passwd, group = f"worker:x:{uid}:{gid}::/tmp:/usr/sbin/nologin\n".encode(), f"worker:x:{gid}:\n".encode()
-    return {"/etc/passwd": passwd, "/etc/group": group, f"{_PLACE}/{PROGRAMS[kind]}": program}
+    return {"/etc/passwd": passwd, "/etc/group": group, f"{PLACE}/{PROGRAMS[kind]}": program}
+
+
+def command(r_path: str, kind: str) -> tuple[str, ...]:
+    """Name what runs inside, and its arguments."""
+    return _PROBE if kind == "probe" else (r_path, *_R_OPTIONS)
 
 
 def bwrap_argv(config: Mapping[str, Any], launch: Launch, made: Mapping[str, bytes], *, lasting: bool) -> list[str]:
@@ -57,4 +62,4 @@ def bwrap_argv(config: Mapping[str, Any], launch: Launch, made: Mapping[str, byt
     # The environment is bwrap's own, out of the world-readable command line. The app's name is no secret, and is
     # where a restarted spawner reads it.
     argv += ["--setenv", "BLOCKYARD_APP", launch.request.app, "--chdir", launch.directory, "--"]
-    return [*argv, *(_PROBE if launch.request.kind == "probe" else (config["process.r_path"], *_R_OPTIONS))]
+    return [*argv, *command(config["process.r_path"], launch.request.kind)]

@@ -6,35 +6,46 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
 
+from blockyard_spawner import protocol
 from blockyard_spawner.audit import audit
 from blockyard_spawner.cgroup import readable
-from blockyard_spawner.protocol import (
-    MAX_PACKET,
-    PAGE,
-    VERSION,
-    Hello,
-    List,
-    Refused,
-    Request,
-    Spawn,
-    Stop,
-    decode,
-    reply,
-)
-from blockyard_spawner.workers import Worker, Workers
+from blockyard_spawner.protocol import Hello, List, Refused, Request, Spawn, Stop
+from blockyard_spawner.workers import Worker
 
 _CONNECTIONS = 8  # further ones wait to be accepted
-_WAITING = 1024  # stops of one connection that are not answered yet
+_WAITING = 1024  # requests of one connection that are not answered yet
 _PAUSE = 0.05  # seconds after a refusal, so that a flood of them does not fill the audit
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)  # CMSG_SPACE would leave room for two
 
-Answer = tuple[dict[str, object], int] | None  # the reply's map, and a descriptor to go with it or -1; None: later
+Answer = tuple[dict[str, object], int]  # the reply's map, and a descriptor to go with it or -1
 
 
-async def serve(listener: socket.socket, peers: set[int], workers: Workers) -> None:
+class Backend(Protocol):
+    """What starts and ends workers: `workers.Workers` here, something else in another helper of the same protocol."""
+
+    unprivileged: bool
+
+    @property
+    def by_id(self) -> dict[str, Worker]:
+        """All workers, also those that ended lately."""
+
+    def about(self) -> dict[str, object]:
+        """Describe the host on the wire."""
+
+    def find(self, name: str) -> Worker:
+        """Find one. Raises Refused ``unknown_worker``."""
+
+    async def spawn(self, request: Spawn, log: int, peer: Mapping[str, object]) -> Worker:
+        """Start one. Raises Refused."""
+
+    async def stop(self, worker: Worker, grace: float, peer: Mapping[str, object]) -> None:
+        """End one; return when nothing of it is left."""
+
+
+async def serve(listener: socket.socket, peers: set[int], workers: Backend) -> None:
     """Answer the uids in `peers`, until cancelled."""
     room = asyncio.Semaphore(_CONNECTIONS)
     async with asyncio.TaskGroup() as conversations:
@@ -47,46 +58,58 @@ async def serve(listener: socket.socket, peers: set[int], workers: Workers) -> N
 class _Conversation:
     """One peer. Whatever it sends costs nothing but this connection."""
 
-    def __init__(self, connection: socket.socket, workers: Workers) -> None:
-        self._connection, self._workers, self._greeted, self._waiting = connection, workers, False, 0
+    def __init__(self, connection: socket.socket, workers: Backend) -> None:
+        self._connection, self._workers, self._greeted = connection, workers, False
+        self._waiting, self._refused = 0, False
         pid, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         self._peer = {"peer_pid": pid, "peer_uid": uid}
         connection.setblocking(False)
 
     async def hold(self, peers: set[int]) -> None:
-        """Answer until the peer goes. Requests begin in order; only a `stop` takes time, so others may overtake it."""
+        """Answer until the peer goes. Requests begin in order; what takes time may be overtaken by others."""
         with self._connection:
             if self._peer["peer_uid"] not in peers:
                 audit("refusal", "Connect as the API's user.", result="wrong_peer", **self._peer)
                 await asyncio.sleep(_PAUSE)
                 return
             try:
-                async with asyncio.TaskGroup() as self._later:
+                async with asyncio.TaskGroup() as answering:
                     while True:
-                        await self._exchange()
-            except* (OSError, EOFError):  # it has gone, or sends without reading; its stops go on
+                        await self._take(answering)
+            except* (OSError, EOFError):  # it has gone, or sends without reading; what it asked for goes on
                 pass
 
-    async def _exchange(self) -> None:
+    async def _take(self, answering: asyncio.TaskGroup) -> None:
         await readable(self._connection.fileno())
-        packet, control, flags, _ = self._connection.recvmsg(MAX_PACKET, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC)
+        packet, control, flags, _ = self._connection.recvmsg(
+            protocol.MAX_PACKET, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC
+        )
         descriptors = [number for _, _, data in control for number in struct.unpack(f"{len(data) // 4}i", data)]
+        self._waiting += 1
+        answering.create_task(self._answer(packet, flags, descriptors))
+        await asyncio.sleep(0)  # until it is answered, or waits for something
+        if self._refused:
+            self._refused = False
+            await asyncio.sleep(_PAUSE)
+
+    async def _answer(self, packet: bytes, flags: int, descriptors: list[int]) -> None:
         request = None
         try:
             request = self._understand(packet, flags, descriptors)
-            answer = HANDLERS[type(request)](self, request, descriptors)
+            self._admit()
+            answer, attached = await HANDLERS[type(request)](self, request, descriptors)
         except (Refused, OSError) as error:
             code, message = error.args if isinstance(error, Refused) else ("system_error", f"See to the host: {error}.")
             subject = {"worker": getattr(request, "id", None), "app": getattr(request, "app", None)}
             audit("refusal", message, result=code, **subject, **self._peer)
             self._send(request.seq if request else None, error={"code": code, "message": message})
-            await asyncio.sleep(_PAUSE)
+            self._refused = True
             if not request:
                 raise EOFError from error  # it does not keep to the protocol, so nobody listens to it any more
         else:
-            if answer:
-                self._send(request.seq, answer[1], ok=answer[0])
+            self._send(request.seq, attached, ok=answer)
         finally:
+            self._waiting -= 1
             for descriptor in descriptors:
                 os.close(descriptor)
 
@@ -95,51 +118,50 @@ class _Conversation:
             raise EOFError
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise Refused("too_large", "Send packets of at most 64 KiB, with one descriptor at most.")
-        request = decode(packet)
+        request = protocol.decode(packet)
         if self._greeted == isinstance(request, Hello):
             raise Refused("hello_first", "Say hello first, and once.")
         if descriptors and not isinstance(request, Spawn):
             raise Refused("unexpected_descriptor", "Send a descriptor with 'spawn' alone.")
         return request
 
+    def _admit(self) -> None:
+        if self._waiting > _WAITING:
+            raise Refused("too_many_requests", "Wait for the replies to earlier ones.")
+
     def _send(self, seq: int | None, attached: int = -1, **answer: object) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", attached))] if attached >= 0 else []
-        self._connection.sendmsg([reply(seq=seq, **answer)], rights)  # BlockingIOError, if the peer does not read
+        self._connection.sendmsg(
+            [protocol.reply(seq=seq, **answer)], rights
+        )  # BlockingIOError, if the peer does not read
 
-    def _hello(self, request: Hello, _: list[int]) -> Answer:
-        if request.version != VERSION:
-            raise Refused("unsupported_version", f"Speak version {VERSION}.")
+    async def _hello(self, request: Hello, _: list[int]) -> Answer:
+        if request.version != protocol.VERSION:
+            raise Refused("unsupported_version", f"Speak version {protocol.VERSION}.")
         self._greeted = True
-        return {"version": VERSION, **self._workers.about()}, -1
+        return {"version": protocol.VERSION, **self._workers.about()}, -1
 
-    def _spawn(self, request: Spawn, descriptors: list[int]) -> Answer:
-        worker = self._workers.spawn(request, _log_pipe(descriptors), self._peer)
+    async def _spawn(self, request: Spawn, descriptors: list[int]) -> Answer:
+        worker = await self._workers.spawn(request, _log_pipe(descriptors), self._peer)
         return worker.record(), worker.pidfd
 
-    def _stop(self, request: Stop, _: list[int]) -> Answer:
-        if self._waiting == _WAITING:
-            raise Refused("too_many_stops", "Wait for the replies to earlier ones.")
-        self._later.create_task(self._end(request, self._workers.find(request.id)))
-        self._waiting += 1
-        return None
-
-    async def _end(self, request: Stop, worker: Worker) -> None:
+    async def _stop(self, request: Stop, _: list[int]) -> Answer:
+        worker = self._workers.find(request.id)
         await self._workers.stop(worker, request.grace / 1000, self._peer)
-        self._waiting -= 1
-        self._send(request.seq, ok={"id": worker.id, "result": worker.result})
+        return {"id": worker.id, "result": worker.result}, -1
 
-    def _list(self, request: List, _: list[int]) -> Answer:
+    async def _list(self, request: List, _: list[int]) -> Answer:
         known = [worker for _, worker in sorted(self._workers.by_id.items()) if worker.state != "starting"]
         found = [worker for worker in known if worker.id > (request.after or "")]
         if request.id:
             found = [self._workers.find(request.id)]
-        page = [worker.record("app", "state", "result") for worker in found[:PAGE]]
-        answer = {"workers": page, "more": len(found) > PAGE, "unprivileged": self._workers.unprivileged}
+        page = [worker.record("app", "state", "result") for worker in found[: protocol.PAGE]]
+        answer = {"workers": page, "more": len(found) > protocol.PAGE, "unprivileged": self._workers.unprivileged}
         return answer, found[0].pidfd if request.id else -1
 
 
 # The whole privileged surface.
-HANDLERS: Mapping[type, Callable[[_Conversation, Any, list[int]], Answer]] = {
+HANDLERS: Mapping[type, Callable[[_Conversation, Any, list[int]], Awaitable[Answer]]] = {
     Hello: _Conversation._hello,
     Spawn: _Conversation._spawn,
     Stop: _Conversation._stop,

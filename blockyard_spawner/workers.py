@@ -97,7 +97,7 @@ class Workers:
             raise Refused("unknown_worker", f"Check the id: there is no worker {name}.")
         return self.by_id[name]
 
-    def spawn(self, request: Spawn, log: int, peer: Mapping[str, object]) -> Worker:
+    async def spawn(self, request: Spawn, log: int, peer: Mapping[str, object]) -> Worker:
         """Start one; when this returns, bwrap runs. Raises Refused."""
         name, wanted = request.id, policy.authorize(self.config, request)
         if name in self.by_id:

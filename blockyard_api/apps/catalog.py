@@ -44,6 +44,7 @@ class App:
     refresh_schedule: str = ""
     network: str | None = None
     scratch_copy: bool = False
+    backend: str | None = None
     deleted_at: float | None = None
 
     @property

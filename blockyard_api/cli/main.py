@@ -376,6 +376,7 @@ def update(
     sessions_per_worker: Sessions = None,
     pre_warmed: Warm = None,
     network: Annotated[str | None, typer.Option(help="host or none; 'default': the server's.")] = None,
+    backend: Annotated[str | None, typer.Option(help="process or docker; 'default': the server's.")] = None,
     scratch_copy: Annotated[
         bool | None, typer.Option("--scratch-copy/--no-scratch-copy", help="Run from a writable copy of the bundle.")
     ] = None,
@@ -400,6 +401,8 @@ def update(
     changes |= _limit("max_workers_per_app", max_workers, int)
     if network is not None:
         changes["network"] = None if network == "default" else network
+    if backend is not None:
+        changes["backend"] = None if backend == "default" else backend
     _change(context, name, changes)
 
 

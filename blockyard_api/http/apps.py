@@ -96,6 +96,11 @@ async def change(changes: AppChanges, app: OwnApp, provided: Provided, principal
     wanted = changes.model_dump(exclude_unset=True)
     process = provided.settings.process
     candidate = App(**{**{field.name: getattr(app, field.name) for field in fields(app)}, **wanted})
+    if candidate.network == "host" and (candidate.backend or provided.settings.server.backend) == "docker":
+        raise BadRequest(
+            "invalid_network",
+            "A Docker worker has a network of its own, never the host's: set network to none, or to the default.",
+        )
     changed = (
         await provided.catalog.change(app, wanted)
         if _within(candidate, process.memory_ceiling, process.cpu_ceiling)

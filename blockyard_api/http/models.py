@@ -41,6 +41,7 @@ class AppChanges(Closed):
     pre_warmed_sessions: Annotated[int, Field(ge=0, le=1000)] = 0
     network: Literal["host", "none"] | None = None
     scratch_copy: bool = False
+    backend: Literal["process", "docker"] | None = None
     refresh_schedule: Literal[""] = Field("", description="Scheduled refreshes are not available yet")
 
 
@@ -61,6 +62,7 @@ class AppBody(BaseModel):
     pre_warmed_sessions: int
     network: str | None
     scratch_copy: bool
+    backend: str | None
     enabled: bool
     refresh_schedule: str
     created_at: str

@@ -1,5 +1,6 @@
 """What the routes work with, and who calls them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -35,10 +36,15 @@ class Services:
     fleet: Fleet
     sessions: Sessions
     deployments: Deployments
-    spawner: Spawner
+    spawners: Mapping[str, Spawner]
     logs: Logs
     addresses: Addresses
     checks: Checks
+
+    @property
+    def spawner(self) -> Spawner:
+        """The spawner of the backend that apps use where they name none."""
+        return self.spawners[self.settings.server.backend]
 
 
 def services(request: Request) -> Services:

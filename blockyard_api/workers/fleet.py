@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Worker:
     id: str
     app_id: str
     bundle_id: str
+    backend: str
+    access: str  # who could visit when it started
     capacity: int
     memory_limit: int | None
     limits: Limits
@@ -162,7 +164,7 @@ class Fleet:
         settings: Settings,
         catalog: Catalog,
         database: Database,
-        spawner: Spawner,
+        spawners: Mapping[str, Spawner],
         logs: Logs,
         manager: ServiceManager,
         tasks: asyncio.TaskGroup,
@@ -171,7 +173,8 @@ class Fleet:
         self._settings = settings
         self._catalog = catalog
         self._database = database
-        self._spawner = spawner
+        self._spawners = spawners
+        self._known_backends: set[str] = set()  # whose workers of an earlier run are taken over
         self._logs = logs
         self._manager = manager
         self._tasks = tasks
@@ -259,10 +262,20 @@ class Fleet:
         return [
             worker
             for worker in self.of(app.id)
-            if worker.bundle_id == app.active_bundle
+            if not self._outdated(worker, app)
             and worker.state in (State.STARTING, State.ACTIVE)
             and not worker.over.done()
         ]
+
+    def _backend(self, app: App) -> str:
+        return app.backend or self._settings.server.backend
+
+    def _outdated(self, worker: Worker, app: App) -> bool:
+        """Tell whether a worker is not what the app would start now; Docker's runtime is chosen by the access type."""
+        moved = worker.backend != self._backend(app) or (
+            worker.backend == "docker" and worker.access != app.access_type
+        )
+        return worker.bundle_id != app.active_bundle or moved
 
     def of(self, app_id: str) -> list[Worker]:
         """Return an app's workers that have not ended."""
@@ -300,7 +313,7 @@ class Fleet:
             worker.capacity = app.max_sessions_per_worker
             if not app.enabled:
                 worker.end("the app was disabled")
-            elif worker.bundle_id != app.active_bundle and worker.state in (State.STARTING, State.ACTIVE):
+            elif self._outdated(worker, app) and worker.state in (State.STARTING, State.ACTIVE):
                 if worker.state is State.ACTIVE:
                     worker.become(State.DRAINING)
                 if not worker.slots or worker.state is State.STARTING:
@@ -399,6 +412,8 @@ class Fleet:
             secrets.token_hex(16),
             app.id,
             app.active_bundle,
+            self._backend(app),
+            app.access_type,
             app.max_sessions_per_worker,
             self._memory_limit(app),
             Limits(self._settings.process),
@@ -485,12 +500,13 @@ class Fleet:
             network=app.network,
             limits=protocol.Limits(memory=app.memory_bytes, cpu=app.cpu_thousandths),
             scratch_copy=app.scratch_copy,
+            access=worker.access,
         )
         with contextlib.ExitStack() as opened:
             read_end, write_end = os.pipe2(os.O_CLOEXEC)
             opened.callback(os.close, read_end)
             try:
-                spawned = await self._spawner.spawn(request, write_end)
+                spawned = await self._spawners[worker.backend].spawn(request, write_end)
             finally:
                 os.close(write_end)
             opened.callback(os.close, spawned.pidfd)
@@ -503,7 +519,8 @@ class Fleet:
 
     def _know(self, worker: Worker, uid: int, cgroup: str) -> None:
         worker.uid, worker.cgroup = uid, cgroup
-        directory = Path(self._settings.process.runtime_dir) / worker.id
+        places = {"process": self._settings.process.runtime_dir, "docker": self._settings.docker.runtime_dir}
+        directory = Path(places[worker.backend]) / worker.id
 
         def betrayed(sentence: str) -> None:
             log.error("worker %s of app %s: %s", worker.id, worker.app_id, sentence)
@@ -557,7 +574,7 @@ class Fleet:
         grace = 0.0 if worker.over.result() == "exited" else GRACE
         for attempt in range(_STOP_ATTEMPTS):
             try:
-                return await self._spawner.stop(worker.id, grace)
+                return await self._spawners[worker.backend].stop(worker.id, grace)
             except SpawnerRefused:  # it ended while no spawner was there to see it
                 return Result("unknown")
             except SpawnerUnreachable:
@@ -610,6 +627,7 @@ class Fleet:
             "app_id": worker.app_id,
             "bundle_id": worker.bundle_id,
             "status": worker.state.value,
+            "backend": worker.backend,
             "uid": worker.uid,
             "cgroup": worker.cgroup,
             "started_at": worker.started_at,
@@ -645,16 +663,19 @@ class Fleet:
         The caller sets `adopted` once the sessions are taken over, too: before that, a worker's slots look free.
         Can be tried again after an error. Raises SpawnerUnreachable, SpawnerRefused or StoreUnavailable.
         """
-        running = {entry.id for entry in await self._spawner.list() if entry.state == "running"}
         alive = table.c.status != State.ENDED.value
         async with self._database.begin() as connection:
             rows = (await connection.execute(select(table).where(alive))).all()
-        lost = []
+        running = await self._running({row.backend for row in rows} | self.waited_for())
+        lost, waiting = [], set()
         for row in rows:
             if row.id in self._workers:  # by an earlier attempt
                 continue
+            if row.backend not in running:
+                waiting.add(row.id)
+                continue
             app = self._catalog.with_id(row.app_id)
-            if app is None or row.id not in running or not await self._take_over(row, app, log_pipes):
+            if app is None or row.id not in running[row.backend] or not await self._take_over(row, app, log_pipes):
                 lost.append(row.id)
         async with self._database.begin() as connection:
             for some in _batches(lost, 500):
@@ -664,15 +685,34 @@ class Fleet:
                     "end_reason": "ended while the server was away",
                 }
                 await connection.execute(update(table).where(table.c.id.in_(some)).values(**ended))
-        while log_pipes:
-            name, descriptor = log_pipes.popitem()
-            os.close(descriptor)
+        self._known_backends |= running.keys()
+        for name in log_pipes.keys() - waiting:
+            os.close(log_pipes.pop(name))
             self._manager.drop_log(name)
+
+    def waited_for(self) -> set[str]:
+        """Name the backends in use whose workers of an earlier run are not taken over yet."""
+        used = {self._settings.server.backend, *(self._backend(app) for app in self._catalog.all())}
+        return used - self._known_backends
+
+    async def _running(self, backends: set[str]) -> dict[str, set[str]]:
+        """Name the workers that run, by backend; only that of the server's own has to be there."""
+        found = {}
+        for name in backends:
+            try:
+                listed = await self._spawners[name].list()
+            except (SpawnerUnreachable, SpawnerRefused) as error:
+                if name == self._settings.server.backend:
+                    raise
+                log.warning("the workers of backend %s are not taken over yet: %s", name, error.message)
+            else:
+                found[name] = {entry.id for entry in listed if entry.state == "running"}
+        return found
 
     async def _take_over(self, row: Row[Any], app: App, log_pipes: dict[str, int]) -> bool:
         """Go on with a worker of an earlier run; False if it has just ended."""
         try:
-            entry, pidfd = await self._spawner.look_up(row.id)
+            entry, pidfd = await self._spawners[row.backend].look_up(row.id)
         except SpawnerRefused:
             return False
         if pidfd is None:
@@ -682,6 +722,8 @@ class Fleet:
             row.id,
             row.app_id,
             row.bundle_id,
+            row.backend,
+            app.access_type,
             app.max_sessions_per_worker,
             self._memory_limit(app),
             Limits(self._settings.process),
@@ -698,15 +740,22 @@ class Fleet:
         return True
 
     async def sweep(self, others: Collection[str] = ()) -> None:
-        """End workers that the spawner runs and nobody here knows: their start was cut off, or this daemon died.
+        """End workers that a spawner runs and nobody here knows: their start was cut off, or this daemon died.
 
         `others` are known to somebody else here, and read only once the spawner has answered.
         """
-        for entry in await self._spawner.list():
+        for name in self._known_backends:
+            try:
+                await self._sweep(self._spawners[name], others)
+            except (SpawnerUnreachable, SpawnerRefused) as error:
+                log.warning("housekeeping of backend %s is put off: %s", name, error.message)
+
+    async def _sweep(self, spawner: Spawner, others: Collection[str]) -> None:
+        for entry in await spawner.list():
             if entry.state == "running" and entry.id not in self._workers and entry.id not in others:
                 log.warning("ending worker %s of app %s: it belongs to nobody", entry.id, entry.app)
                 with contextlib.suppress(SpawnerRefused):  # it ended meanwhile
-                    await self._spawner.stop(entry.id, 0)
+                    await spawner.stop(entry.id, 0)
 
 
 _WISHED = frozenset({"idle", "made room for another app", "redeployed", "the app was disabled", "the app was deleted"})

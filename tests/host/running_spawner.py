@@ -186,6 +186,7 @@ class Spawner:
     cgroup_root: Path
     settings: dict[str, object]
     tables: str = ""
+    module: str = "blockyard_spawner.main"
     prefix: tuple[str, ...] = ()  # a program that runs the spawner
     arguments: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
@@ -220,14 +221,14 @@ class Spawner:
     def start(self) -> None:
         """Start the spawner; return when it accepts connections."""
         arguments = self.arguments or ("--socket", str(self.socket))
-        argv = [*self.prefix, sys.executable, "-m", "blockyard_spawner.main", *arguments, "--config", str(self.config)]
+        argv = [*self.prefix, sys.executable, "-m", self.module, *arguments, "--config", str(self.config)]
         with (self.root / "audit.jsonl").open("ab") as audit:
             self.process = subprocess.Popen(argv, stderr=audit, cwd="/")
         eventually(lambda: self.process.poll() is not None or self._accepts(), "the spawner starts", self.audit_text)
         assert self.process.poll() is None, self.audit_text()
 
     def _accepts(self) -> bool:
-        with contextlib.suppress(OSError), contextlib.closing(Client(self.socket)) as client:
+        with contextlib.suppress(OSError, EOFError), contextlib.closing(Client(self.socket)) as client:
             return bool(client.hello())
         return False
 

@@ -51,13 +51,18 @@ def code_lines(path):
 
 
 @pytest.mark.parametrize("path", SPAWNER, ids=lambda path: path.name)
+def test_the_root_helper_loads_nothing_of_the_docker_helper(path):
+    assert not [name for name in imported(path) if name.startswith("blockyard_spawner.docker") or "docker" in name]
+
+
+@pytest.mark.parametrize("path", SPAWNER, ids=lambda path: path.name)
 def test_the_root_helper_loads_nothing_but_what_is_listed(path):
     assert {name.split(".")[0] for name in imported(path)} <= ALLOWED | STANDARD
 
 
 def test_the_api_takes_the_contract_from_the_root_helper_and_nothing_else():
     taken = {name for path in API for name in imported(path) if name.split(".")[0] == "blockyard_spawner"}
-    names = {"blockyard_spawner", "blockyard_spawner.config", "blockyard_spawner.protocol"}
+    names = {"blockyard_spawner", "blockyard_spawner.config", "blockyard_spawner.protocol", "blockyard_spawner.docker"}
     assert taken <= names
 
 

@@ -128,7 +128,7 @@ class Control:
         for line in lines.strip().splitlines():
             key, _, value = line.partition("=")
             section, _, name = key.strip().partition(".")
-            sections[section].append(f"{name} = {value.strip()}")
+            sections.setdefault(section, []).append(f"{name} = {value.strip()}")
         file = self.root / "blockyard.toml"
         file.write_text("".join(f"[{name}]\n" + "\n".join(each) + "\n" for name, each in sections.items()))
         self.settings = settings.load(str(file), {})

@@ -56,7 +56,7 @@ def test_the_environment_overrides_the_file(tmp_path):
         ("[server]\ndefault_memory_limit = 512\n", ['"512m"']),
         ("[server]\nbind = 'localhost'\n", ["address and port"]),
         ("[server]\nbind = '127.0.0.1:99999'\n", ["address and port"]),
-        ("[server]\nbackend = 'docker'\n", ["'server.backend'", "process"]),
+        ("[server]\nbackend = 'podman'\n", ["'server.backend'", "process"]),
         ("[storage]\nstate_dir = 'var'\n", ["absolute path"]),
         ("[storage]\nstate_dir = '/var/../etc'\n", ["absolute path"]),
         ("[proxy]\npublic_url = 'https://apps.example.com/'\n", ["{app}"]),

@@ -1,0 +1,146 @@
+"""A Docker worker as what the engine is told: a change of policy is a visible change of the golden file."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from blockyard_spawner import config as base
+from blockyard_spawner import policy
+from blockyard_spawner.config import ConfigError, DataMount
+from blockyard_spawner.docker import config, container
+from blockyard_spawner.docker.forward import Position, forward, instant
+from blockyard_spawner.docker.workers import check_runtimes
+from blockyard_spawner.protocol import Limits, Spawn
+
+GOLDEN = Path(__file__).with_name("golden.json")
+DEFAULTS = {name: key.default for name, key in {**base.KEYS, **config.KEYS}.items()}
+
+
+def described(settings=(), **fields):
+    values = DEFAULTS | dict(settings)
+    request = Spawn(1, **{"id": "worker0001", "kind": "app", "app": "demo", "bundle": "b1"} | fields)
+    launch = policy.authorize(values, request)
+    marks = [f"65024:{number}" for number in range(len(launch.sources))]
+    return container.described(values, launch, "net1", marks, "local")
+
+
+def test_the_whole_description_is_the_golden_one():
+    found = described(
+        {"storage.data_mounts": {"models": DataMount("models", "/srv/models", writable=True)}},
+        library="l1",
+        data=("models",),
+        limits=Limits(memory=1 << 30, cpu=1500),
+        env={"APP_MODE": "test"},
+    )
+    text = json.dumps(found, indent=1, sort_keys=True).replace(container.PROGRAMS, "PROGRAMS") + "\n"
+    assert text == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"library": "l1"}, {"scratch_copy": True}, {"limits": Limits(memory=1 << 30)}, {"access": "public"}]
+)
+def test_nothing_that_can_be_asked_for_gives_more_than_the_bundle_and_a_library(extra):
+    host = described(**extra)["HostConfig"]
+    assert not {"Privileged", "CapAdd", "Devices", "Binds", "PidMode", "VolumesFrom", "Sysctls", "PortBindings"} & set(
+        host
+    )
+    assert [mount["Target"] for mount in host["Mounts"] if not mount["ReadOnly"]] == ["/run/worker"]
+    assert host["CapDrop"] == ["ALL"]
+    assert host["SecurityOpt"] == ["no-new-privileges"]
+
+
+def test_no_destination_of_a_mount_lies_below_another():
+    targets = [mount["Target"] for mount in described(library="l1")["HostConfig"]["Mounts"]]
+    assert not [(one, other) for one in targets for other in targets if one != other and other.startswith(f"{one}/")]
+
+
+def test_root_alone_chooses_the_runtime():
+    settings = {"docker.runtime": "runc", "docker.runtime_defaults": {"public": "kata-runtime"}}
+    chosen = [described(settings, access=access)["HostConfig"]["Runtime"] for access in ("public", "acl", None)]
+    assert chosen == ["kata-runtime", "runc", "runc"]
+
+
+def test_a_runtime_that_is_not_there_is_named_with_those_that_are():
+    values = DEFAULTS | {"docker.runtime": "kata"}
+    with pytest.raises(ConfigError, match=r"'docker.runtime' is kata, .* it has crun, runc\."):
+        check_runtimes(values, {"Runtimes": {"runc": {}, "crun": {}}})
+    check_runtimes(DEFAULTS, {"Runtimes": {}})
+
+
+def test_the_pool_is_cut_into_one_network_for_each_worker():
+    values = DEFAULTS | {"docker.network_pool": config.pool("10.9.0.0/27")}
+    assert container.subnets(values) == ["10.9.0.0/28", "10.9.0.16/28"]
+    assert len(container.subnets(DEFAULTS)) == 4096
+
+
+def test_containers_in_a_workers_network_may_talk_only_where_there_are_sidecars():
+    option = "com.docker.network.bridge.enable_icc"
+    assert container.network(DEFAULTS, "w", "a", "10.9.0.0/28")["Options"][option] == "false"
+    with_sidecars = DEFAULTS | {"docker.service_network": "services"}
+    assert container.network(with_sidecars, "w", "a", "10.9.0.0/28")["Options"][option] == "true"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("docker.network_pool", "10.213.0.0/29"),
+        ("docker.network_pool", "10.213.0.1/16"),
+        ("docker.network_pool", "fd00::/64"),
+        ("docker.image", "--privileged"),
+        ("docker.runtime", "a b"),
+        ("docker.runtime_defaults", {"everybody": "runc"}),
+        ("docker.socket", "docker.sock"),
+    ],
+)
+def test_a_wrong_value_is_refused(key, value):
+    with pytest.raises(ValueError, match=r"^an? "):
+        config.KEYS[key].parse(value)
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected"),
+    [
+        ("2026-11-25T16:28:29.798738372Z", "1795624109.798738372"),
+        ("2026-11-25T16:28:29.5Z", "1795624109.500000000"),
+        ("2026-11-25T16:28:29Z", "1795624109.000000000"),
+    ],
+)
+def test_the_engines_time_is_understood_to_the_nanosecond(moment, expected):
+    assert instant(moment) == expected
+
+
+def test_a_position_is_found_again_and_counts_what_has_one_time(tmp_path):
+    path = str(tmp_path / "w.position")
+    position = Position(path)
+    assert (position.since, position.count) == ("0", 0)
+    for _ in range(12):
+        position.advance("2026-11-25T16:28:29.798738372Z")
+    assert (Position(path).moment, Position(path).count) == ("2026-11-25T16:28:29.798738372Z", 12)
+    position.advance("2026-11-25T16:28:29.9Z")  # shorter than what was there
+    assert (Position(path).moment, Position(path).count) == ("2026-11-25T16:28:29.9Z", 1)
+
+
+class Scripted:
+    """An engine whose output ends in the middle of a long line, as a container's end may cut a reader off."""
+
+    def __init__(self):
+        self.pieces = [("2026-11-25T16:28:29.1Z", b"a\n")]
+        self.pieces += [("2026-11-25T16:28:29.2Z", part) for part in (b"x", b"y", b"z\n")]
+        self.looks = 0
+
+    async def output(self, container, since):
+        self.looks += 1
+        given = [piece for piece in self.pieces if instant(piece[0]) >= since or since == "0"]
+        for piece in given[:3] if self.looks == 1 else given:
+            yield piece
+
+
+async def test_a_line_that_was_cut_off_in_the_middle_is_moved_once_and_whole(tmp_path):
+    reading, writing = os.pipe()
+    engine = Scripted()
+    await forward(engine, "c", writing, Position(str(tmp_path / "w")), lambda: engine.looks > 0)
+    os.close(writing)
+    assert os.read(reading, 100) == b"a\nxyz\n"
+    os.close(reading)

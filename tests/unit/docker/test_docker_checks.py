@@ -1,0 +1,40 @@
+"""The words of the start-up checks about the Docker backend."""
+
+import ipaddress
+
+from blockyard_api.backends import docker_checks as checks
+
+SOCKET = "/run/docker.sock"
+
+
+def test_an_api_that_may_use_the_engines_socket_is_an_error_that_says_what_it_means():
+    found = checks.socket(SOCKET, api_may_use_it=True, helper="ok")
+    assert found.severity == "error"
+    assert "access to this socket is root on this host" in found.fact
+    assert found.remedy
+
+
+def test_the_price_is_told_even_where_all_is_well():
+    found = checks.socket(SOCKET, api_may_use_it=False, helper="ok")
+    assert (found.severity, found.remedy) == ("info", "")
+    assert "access to this socket is root on this host" in found.fact
+
+
+def test_a_helper_that_does_not_answer_is_an_error_in_its_own_words():
+    found = checks.socket(SOCKET, api_may_use_it=False, helper="Start the container engine.")
+    assert found.severity == "error"
+    assert "Start the container engine." in found.fact
+
+
+def test_an_unknown_runtime_is_an_error_and_a_known_one_is_named():
+    refusal = ("docker_runtime", "'docker.runtime' is kata, which the engine does not have; it has runc.")
+    assert checks.runtime(refusal, "kata", {}).severity == "error"
+    found = checks.runtime(None, "", {"public": "kata"})
+    assert found == ("ok", f"{found.fact}", "")
+    assert "public apps in kata, others in the engine's default" in found.fact
+
+
+def test_one_static_rule_covers_every_worker_of_the_pool():
+    rules = checks.firewall(ipaddress.IPv4Network("10.213.0.0/16"))
+    assert rules[0] == "iptables -I DOCKER-USER -s 10.213.0.0/16 -d 169.254.169.254/32 -j REJECT"
+    assert all("10.213.0.0/16" in rule for rule in rules)
