@@ -246,7 +246,7 @@ def test_an_error_stops_the_start_and_systemd_does_not_try_for_ever(server):
 
 
 def test_skip_preflight_starts_all_the_same(server):
-    with metadata_service(), configured(server, "server.skip_preflight = true"):
+    with configured(server, "server.skip_preflight = true"), metadata_service():
         assert httpx.get("http://127.0.0.1:8080/healthz", timeout=60).text == "ok"
         says(checks(server)["cloud_metadata"], "error", METADATA)
 
