@@ -119,7 +119,7 @@ def test_what_the_api_took_it_cannot_keep(target, neighbour_lives_on):
     stops = [{"op": "stop", "id": name, "grace": 0} for name in held["started"]]
     replies = asked(target, [*stops, *stops])
     assert all(reply["ok"]["result"] for reply in replies)
-    assert target.server.http.get("/api/v1/system/status").json()["spawner"]["uids_free"] == free
+    assert target.server.http.get("/api/v1/system/status").json()["spawner"]["uids_free"] >= free  # or more: others end
 
 
 def test_a_flood_of_descriptors_is_closed_and_the_spawner_answers(target):
