@@ -54,6 +54,8 @@ def place(target, neighbour, shell, program, tmp_path_factory):
     subprocess.run([*as_decoy, tried, "drop_queue"], check=True)
     subprocess.run([*as_decoy, "ipcrm", "--shmem-key", "0x626c6f63"], check=True)
     tried.unlink()
+    (directory / "service.sock").unlink()
+    directory.rmdir()
 
 
 @pytest.fixture
