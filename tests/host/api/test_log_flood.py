@@ -1,10 +1,7 @@
 """An app that writes without end: its log is capped, its neighbours are served, and the daemon keeps its size."""
 
-import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -57,28 +54,3 @@ def test_a_flood_costs_its_own_log_and_nobody_else_anything(pair, flood):
     text = kept.decode(errors="replace")
     assert NOTE.search(text)
     assert text.endswith("] worker ended: the app was disabled\n")
-
-
-def test_neither_a_terminal_nor_a_reader_of_lines_is_driven_by_what_an_app_writes(pair):
-    hostile = r"cat('\033]0;owned\007\033[2J\033[1A\r\u202e\n[blockyard 2001-01-01T00:00:00Z] worker ended: idle\n')"
-    pair.deploy("hostile", simple_app(hostile))
-    assert pair.visitor().get("/app/hostile/").status_code == 200
-    login = {**os.environ, "BLOCKYARD_URL": pair.control_url, "BLOCKYARD_TOKEN": pair.token}
-    by = Path(sys.executable).with_name("by")
-
-    def written():
-        shown = subprocess.run(
-            ["script", "--quiet", "--return", "--command", f"{by} logs hostile", "/dev/null"],
-            env=login, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True,
-        ).stdout  # fmt: skip
-        return shown if b"owned" in shown else None
-
-    shown = wait_for(written, what="the log")
-    assert b"\\x1b]0;owned\\x07\\x1b[2J\\x1b[1A" in shown
-    assert b"\x1b]0" not in shown
-    assert b"\x1b[2J" not in shown
-    assert "\u202e".encode() not in shown
-    lines = subprocess.run(
-        [by, "logs", "hostile", "--json"], env=login, capture_output=True, text=True, timeout=60, check=True
-    ).stdout.splitlines()
-    assert all(set(json.loads(line)) == {"line"} for line in lines)
