@@ -108,7 +108,7 @@ async def running(
             trusted_proxies=settings.server.trusted_proxies,
             public_scheme=urlsplit(settings.proxy.public_url).scheme,
         )
-        checks = Checks(Context(settings, spawners["process"], catalog.all, listening))
+        checks = Checks(Context(settings, spawners["process"], spawners["docker"], catalog.all, listening))
         services = Services(
             settings, store, tokens, catalog, fleet, sessions, deployments, spawners, logs, addresses, checks
         )

@@ -262,6 +262,9 @@ class Docker:
 
     spawner_socket: str
     runtime_dir: str
+    socket: str  # the engine's, which the API may not use
+    runtime: str
+    runtime_defaults: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

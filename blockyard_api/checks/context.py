@@ -17,6 +17,7 @@ class Context:
 
     settings: Settings
     spawner: Spawner
+    docker: Spawner  # the Docker helper
     apps: Callable[[], Iterable[App]]
     listening: tuple[tuple[str, int], ...]  # addresses of the API and of the relay, in this order
 

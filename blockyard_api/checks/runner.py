@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from blockyard_api.backends.spawner import SpawnerUnreachable
-from blockyard_api.checks import files, network, resources, sandbox
+from blockyard_api.checks import docker, files, firewall, network, resources, sandbox
 from blockyard_api.checks.context import Context, Outcome, Seen
 from blockyard_api.checks.journal import tell
 from blockyard_api.checks.listeners import ListingFailed, loopback_listeners
@@ -30,6 +30,8 @@ CHECKS: tuple[Check, ...] = (
     resources.resource_limits,
     files.state_dir,
     files.config_secrets,
+    docker.docker_socket,
+    docker.docker_runtime,
 )
 # These judge by what a worker saw.
 PROBED_CHECKS: tuple[ProbedCheck, ...] = (
@@ -40,6 +42,7 @@ PROBED_CHECKS: tuple[ProbedCheck, ...] = (
     network.cloud_metadata,
     network.worker_egress,
     network.abstract_sockets,
+    firewall.firewall,
     network.redis_auth,
 )
 

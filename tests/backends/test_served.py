@@ -38,6 +38,23 @@ def test_an_app_is_served_by_the_backend_that_it_names_and_moves_to_another(pair
     wait_for(lambda: not pair.docker_leftovers(), what="the Docker worker's end")
 
 
+def test_the_checks_tell_what_the_docker_backend_costs_and_whether_it_works(pair):
+    def found():
+        checks = pair.http.post("/api/v1/system/checks/run").json()["checks"]
+        return {check["name"]: check for check in checks if check["name"].startswith("docker_")}
+
+    assert [check["severity"] for check in found().values()] == ["ok", "ok"]  # nothing uses it
+    pair.deploy("plain", simple_app(), backend="docker")
+    used = found()
+    assert used["docker_socket"]["severity"] == "info"
+    assert "root on this host" in used["docker_socket"]["fact"]
+    assert used["docker_runtime"]["severity"] == "ok"
+    pair.docker.terminate()
+    pair.docker.wait(20)
+    pair.docker_socket.unlink()
+    assert found()["docker_socket"]["severity"] == "error"
+
+
 def test_a_docker_worker_outlives_a_restart_of_the_api(pair):
     pair.deploy("plain", simple_app(), backend="docker")
     visitor = pair.visitor()

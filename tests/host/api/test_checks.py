@@ -154,7 +154,7 @@ def context(file, text="", **replaced):
     async def nobody():
         return False
 
-    return Context(loaded, Spawner("/nonexistent", nobody), list, ())
+    return Context(loaded, Spawner("/nonexistent", nobody), Spawner("/nonexistent", nobody), list, ())
 
 
 def judged(check, *arguments):
