@@ -360,8 +360,14 @@ def test_rules_that_cannot_be_made_leave_the_former_in_force_and_keep_workers_fr
     systemctl("disable", "--now", "blockyard-firewall")
 
 
+def firewall_check(server):
+    """What the start-up check says of rules by cgroup now."""
+    found = server.http.post("/api/v1/system/checks/run", timeout=120).json()["checks"]
+    return next(check for check in found if check["name"] == "firewall")
+
+
 @pytest.mark.parametrize("form", ["nft-cgroup", "iptables-cgroup"])
-def test_rules_by_cgroup_are_loaded_again_with_the_workers_unit_and_missed_without(curious, loaded, form):
+def test_rules_by_cgroup_are_loaded_again_with_the_workers_unit_and_missed_without(server, curious, loaded, form):
     instance = f"blockyard-firewall-cgroup@{form.partition('-')[0]}"
 
     def told():
@@ -375,6 +381,8 @@ def test_rules_by_cgroup_are_loaded_again_with_the_workers_unit_and_missed_witho
     systemctl("restart", "blockyard-workers")
     forgotten = told()
     assert not curious.is_kept_in()  # what the check is for
+    assert firewall_check(server)["severity"] == "error"
     run(*re.search(r"run (.*)\.$", forgotten)[1].split(), timeout=200)
     assert told() is None
+    assert firewall_check(server)["severity"] == "ok"
     assert curious.is_kept_in()
