@@ -54,14 +54,14 @@ def test_a_worker_lives_in_the_delegated_subtree_with_its_own_limits(server):
     assert unit("blockyard-workers.service", "Delegate") == "yes"
     assert set((WORKERS / "cgroup.subtree_control").read_text().split()) >= {"memory", "pids", "cpu"}
     assert (WORKERS / "holder" / "cgroup.procs").read_text().strip()
-    server.deploy("limited", simple_app(), memory_limit="300m", cpu_limit=0.5)
+    server.deploy("limited", simple_app(), memory_limit="300m", cpu_limit=1)
     assert server.visitor().get("/app/limited/").status_code == 200
     worker = active(server, "limited")[0]["id"]
     assert knob(worker, "memory.max") == str(300 << 20)
     assert knob(worker, "memory.swap.max") == "0"
     assert knob(worker, "memory.oom.group") == "1"
     assert knob(worker, "pids.max") == "512"
-    assert knob(worker, "cpu.max") == "50000 100000"
+    assert knob(worker, "cpu.max") == "100000 100000"
     stats = server.workers("limited")[0]["stats"]
     assert stats["memory_limit_bytes"] == 300 << 20
     assert 0 < stats["memory_usage_bytes"] < 300 << 20
