@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[3]
-sys.path.insert(0, str(CHECKOUT / "tests" / "host" / "api"))
+sys.path[:0] = [str(CHECKOUT / "tests" / "host" / "api"), str(CHECKOUT / "tests" / "hostile")]
 
 from machine import WORKERS  # noqa: E402 - their places are known only now
 from running_pair import Server, simple_app  # noqa: E402
-from target import Target  # noqa: E402 - of tests/hostile, which `run` puts beside this file
+from target import Target  # noqa: E402
 
 PORT = "/dev/virtio-ports/results"
 STATE = Path("/var/lib/blockyard")
