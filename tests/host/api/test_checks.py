@@ -835,11 +835,12 @@ def by(pair, home, *arguments):
     return subprocess.run([BY, *arguments], check=False, env=environ, capture_output=True, text=True, timeout=60)
 
 
-def test_the_command_line_shows_a_table_and_succeeds_where_there_is_no_error(usual, tmp_path):
+def test_the_command_line_shows_a_table_and_succeeds_where_there_is_no_error(checked, tmp_path):
+    usual = checked("proxy.max_workers = 2000")
     done = by(usual, tmp_path, "admin", "check")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^spawner_link +ok +The spawner answers", done.stdout, re.MULTILINE)
-    assert re.search(r"^worker_egress +warning +A worker reaches", done.stdout, re.MULTILINE)
+    assert re.search(r"^uid_range +warning +.* Choose process.worker_uid_range_start", done.stdout, re.MULTILINE)
     assert usual.token not in done.stdout + done.stderr
     told = json.loads(by(usual, tmp_path, "admin", "check", "--json").stdout)
     assert told["severity"] == "warning"
