@@ -1,44 +1,15 @@
 """Fixtures: a real spawner for every test that wants one."""
 
-import itertools
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from running_spawner import Client, Spawner, api_user, cgroup_mount
-
-from blockyard_api.hardening import seccomp
-
-_numbers = itertools.count(os.getpid() % 200 * 20)
+from running_spawner import Client, Spawner, configured_spawner
 
 
 @pytest.fixture
 def stopped_spawner() -> Iterator[Spawner]:
     """A spawner that is configured, but not started."""
-    user, number = api_user(), next(_numbers) % 4000
-    root = Path(tempfile.mkdtemp(prefix="blockyard-"))
-    root.chmod(0o711)
-    uids = range(70000 + number * 16, 70000 + number * 16 + 16)
-    spawner = Spawner(root, uids, cgroup_mount() / f"blockyard-test-{os.getpid()}-{number}", {})
-    spawner.cgroup_root.mkdir()
-    for name in ("bundles", "libraries"):
-        (spawner.state_dir / name).mkdir(parents=True)
-    for directory in (spawner.state_dir, *spawner.state_dir.iterdir()):
-        directory.chmod(0o711)
-        os.chown(directory, user.pw_uid, user.pw_gid)
-    filter_ = root / "seccomp.bpf"
-    filter_.write_bytes(seccomp.compiled(seccomp.read_policy(), seccomp.native()))
-    spawner.configure(
-        api_user=user.pw_name,
-        seccomp_profile=str(filter_),
-        runtime_dir=str(spawner.runtime_dir),
-        cgroup_root=str(spawner.cgroup_root),
-        worker_uid_range_start=uids[0],
-        worker_uid_range_end=uids[-1],
-        allow_unlimited=True,
-    )
+    spawner = configured_spawner()
     yield spawner
     spawner.remove()
 

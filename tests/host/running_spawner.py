@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,10 @@ from typing import Any
 
 import msgpack
 import pytest
+
+from blockyard_api.hardening import seccomp
+
+_numbers = itertools.count(os.getpid() % 200 * 20)
 
 API_USER = "blockyard-test"
 DEADLINE = 30.0
@@ -331,3 +336,30 @@ class Spawner:
         shutil.rmtree(self.root)
         for worker in self.workers:
             os.close(worker.pidfd)
+
+
+def configured_spawner() -> Spawner:
+    """Return a spawner with uids, a cgroup and directories of its own, that is not started."""
+    user, number = api_user(), next(_numbers) % 4000
+    root = Path(tempfile.mkdtemp(prefix="blockyard-"))
+    root.chmod(0o711)
+    uids = range(70000 + number * 16, 70000 + number * 16 + 16)
+    spawner = Spawner(root, uids, cgroup_mount() / f"blockyard-test-{os.getpid()}-{number}", {})
+    spawner.cgroup_root.mkdir()
+    for name in ("bundles", "libraries"):
+        (spawner.state_dir / name).mkdir(parents=True)
+    for directory in (spawner.state_dir, *spawner.state_dir.iterdir()):
+        directory.chmod(0o711)
+        os.chown(directory, user.pw_uid, user.pw_gid)
+    system_calls = root / "seccomp.bpf"
+    system_calls.write_bytes(seccomp.compiled(seccomp.read_policy(), seccomp.native()))
+    spawner.configure(
+        api_user=user.pw_name,
+        seccomp_profile=str(system_calls),
+        runtime_dir=str(spawner.runtime_dir),
+        cgroup_root=str(spawner.cgroup_root),
+        worker_uid_range_start=uids[0],
+        worker_uid_range_end=uids[-1],
+        allow_unlimited=True,
+    )
+    return spawner
