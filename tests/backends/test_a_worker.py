@@ -1,5 +1,6 @@
 """What a worker is, whichever helper starts it: the same statements against both."""
 
+import json
 import os
 import pwd
 import select
@@ -308,9 +309,12 @@ def test_a_scratch_copy_is_writable_and_the_bundle_unchanged(helper, client):
 
 
 def test_a_probe_runs_in_an_apps_place(helper, client):
-    worker = helper.spawn(client, "probe00001", None, kind="probe", app="probe")
-    assert helper.result(client, "probe00001")["status"] == 0
-    assert '"ran": true' in worker.output()
+    nonce = {"BLOCKYARD_PROBE_NONCE": "n1"}
+    worker = helper.spawn(client, "probe00001", None, kind="probe", app="probe", env=nonce)
+    worker.wait_for_output('"began"')
+    worker.wait_for_output('"ended"')
+    client.call("stop", id="probe00001", grace=0)
+    assert [json.loads(line).get("ended") for line in worker.output().splitlines()][-1] == "n1"
 
 
 # --- its log -------------------------------------------------------------------------------------------------------
