@@ -65,7 +65,7 @@ def test_long_rules_are_not_broken_on_a_narrow_terminal(config):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('[redis]\nurl = "redis://:secret@1.2.3.4; flush ruleset"\n', "'redis.url' names no host"),
+        ('[redis]\nurl = "redis://:secret@1.2.3.4; flush ruleset"\n', "'redis.url' must be such as"),
         ("[proxy]\nmax_worker = 5\n", "did you mean 'proxy.max_workers'"),
         ("[proxy\n", "correct the file"),
     ],

@@ -43,4 +43,5 @@ def test_a_stream_that_cannot_be_written_does_not_stop_anything(monkeypatch):
 
 def test_every_kind_of_entry_is_explained_in_the_catalogue():
     explained = re.findall(r"^-- ([0-9a-f]{32})$", CATALOG.read_text(), re.MULTILINE)
-    assert sorted(explained) == sorted(MESSAGE_IDS.values())
+    assert set(explained) >= set(MESSAGE_IDS.values())
+    assert len(set(explained)) == len(explained)
