@@ -12,7 +12,6 @@ from docker_helper import DockerHelper, engine_group
 from running_engine import Dockerd
 from running_spawner import Client, Spawner, configured_spawner
 
-
 IMAGE_WITHIN = 1800  # seconds: whichever test comes first waits for the worker image to be made
 
 
