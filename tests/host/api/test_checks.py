@@ -1,7 +1,7 @@
 """The start-up checks: every severity of every check, brought about for real.
 
 The daemons run in a network of their own, so that nothing depends on what else this machine runs or reaches. What
-needs systemd, AppArmor, or a kernel's settings is tried in tests/vm/guest/test_6_checks.py.
+needs systemd, AppArmor, or a kernel's settings is not tried here.
 """
 
 import asyncio
