@@ -38,7 +38,15 @@ def test_what_this_debian_compiles_is_the_policy_call_by_call(server):
     environ = ["env", f"PYTHONPATH={CHECKOUT}", "PYTHONDONTWRITEBYTECODE=1"]
     tests = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider", "-q", "-k", chosen]
     place = CHECKOUT / "tests" / "unit" / "hardening"
-    done = run(*environ, *tests, f"--rootdir={place}", f"--confcutdir={place}", place, check=False, timeout=800)
+    done = run(
+        *environ,
+        *tests,
+        f"--rootdir={place}",
+        f"--confcutdir={place}",
+        place / "test_seccomp.py",
+        check=False,
+        timeout=800,
+    )
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
 
