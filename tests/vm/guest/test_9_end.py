@@ -1,10 +1,8 @@
-"""The end: nothing failed on the way, and taking it away leaves the state and nothing else."""
+"""The end: nothing failed on the way."""
 
 import re
 
 from machine import run
-
-# Where names of ours may be left: the state, the user that owns it, and what is not of this server.
 
 
 def test_no_unit_failed_and_no_daemon_left_a_traceback(server):
