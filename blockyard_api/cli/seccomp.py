@@ -1,7 +1,5 @@
 """`by admin install-seccomp`: compile the workers' system call filter and put it where the spawner reads it."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +8,10 @@ import typer
 from blockyard_api.cli.client import Failure
 from blockyard_api.errors import BlockyardError
 from blockyard_api.hardening import seccomp
+from blockyard_api.hardening.placing import put
 from blockyard_spawner.config import KEYS
 
 TARGET = Path(KEYS["process.seccomp_profile"].default)
-_MODE = 0o644  # it is no secret, and only its owner may change it
 
 
 def install(
@@ -35,28 +33,10 @@ def install(
     except BlockyardError as error:
         raise Failure(error.code, error.message) from error
     try:
-        changed = _put(program, target)
+        changed = put(target, program)
     except OSError as error:
         raise Failure("cannot_write", f"Cannot write {target} ({error.strerror}); run this as root.") from error
     told = f"{target}: {len(program) // 8} instructions for {chosen}{', tried out' if tried else ''}"
     words = "restart blockyard-spawner to use it" if changed else "unchanged"
     record = {"target": str(target), "architecture": chosen, "changed": changed, "tried": tried, "bytes": len(program)}
     context.find_root().obj.output.result(record, f"{told}; {words}.")
-
-
-def _put(program: bytes, target: Path) -> bool:
-    """Replace a file in one step if it is another; say whether it was. Raises OSError."""
-    if target.is_file() and target.read_bytes() == program and target.stat().st_mode & 0o777 == _MODE:
-        return False
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        made = Path(file.name)
-        try:
-            file.write(program)
-            os.fchmod(file.fileno(), _MODE)
-            os.fsync(file.fileno())
-            made.replace(target)
-        except BaseException:
-            made.unlink()
-            raise
-    return True

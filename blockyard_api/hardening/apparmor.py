@@ -4,9 +4,10 @@ import contextlib
 import os
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from blockyard_api.hardening.placing import put
 
 PROFILE = "blockyard"  # systemd/blockyard-spawner.service names it
 TARGET = Path("/etc/apparmor.d/blockyard")
@@ -36,7 +37,7 @@ def install(target: Path = TARGET, *, parser: str | None = None, root: Path = Pa
     kernel of its time. Such a file is linked into ``disable/``, else it would fail the start of apparmor.service.
     `root` is where /sys is below. Raises OSError where the file cannot be written.
     """
-    changed = _write(target, POLICY.read_bytes())
+    changed = put(target, POLICY.read_bytes())
     disabled = target.parent / "disable" / target.name
     parser = parser or shutil.which(PARSER, path=f"{os.environ.get('PATH', os.defpath)}:{_SBIN}")
     if parser is None:
@@ -86,26 +87,6 @@ def _complaint(parser: str, action: str, target: Path) -> str:
         return ""
     lines = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
     return next((line for line in lines if "error" in line.lower()), lines[-1])
-
-
-def _write(target: Path, content: bytes) -> bool:
-    """Replace a file as a whole, mode 0644; tell whether that changed anything."""
-    mode = 0o644
-    if target.is_file() and target.read_bytes() == content and target.stat().st_mode & 0o7777 == mode:
-        return False
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)  # the parser skips dot files
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, mode)
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink()
-        raise
-    return True
 
 
 def _read(path: Path) -> str:
