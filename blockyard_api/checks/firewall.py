@@ -1,7 +1,7 @@
 """Whether the firewall's rules still know the workers: those by cgroup forget them when the cgroup is made anew."""
 
 import asyncio
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from blockyard_api.checks.context import Context, Seen
 from blockyard_api.checks.probe import ProbeFailed
@@ -18,11 +18,8 @@ async def firewall(_context: Context, seen: Seen) -> Result:
         return ok(name, "No rules by cgroup were loaded; what workers reach all the same, worker_egress tells.")
     if isinstance(seen.worker, ProbeFailed):
         return seen.worker.result(name)
-    mount = accounting.cgroup2_mount()
-    present = None
-    if mount is not None and seen.worker.cgroup:
-        unit = mount / PurePosixPath(seen.worker.cgroup).parents[1].relative_to("/")
-        present = (await asyncio.to_thread(unit.stat)).st_ino
+    unit = accounting.subtree(seen.worker.cgroup)
+    present = None if unit is None else (await asyncio.to_thread(unit.stat)).st_ino
     if forgotten := forgotten_cgroup(recorded, present):
         fact, _semicolon, remedy = forgotten.partition("; run ")
         return error(name, f"{fact}.", f"Run '{remedy.rstrip('.')}'.")

@@ -85,9 +85,7 @@ async def _is_delegated(worker: Outcome) -> bool:
 
     The mark that systemd puts on a delegated cgroup says it; only without one is D-Bus asked, whose library is large.
     """
-    mount = accounting.cgroup2_mount()
-    if mount is not None and isinstance(worker, Report) and worker.cgroup:
-        subtree = mount / PurePosixPath(worker.cgroup).parents[1].relative_to("/")
+    if isinstance(worker, Report) and (subtree := accounting.subtree(worker.cgroup)) is not None:
         with contextlib.suppress(OSError):  # an older systemd, or none
             return await asyncio.to_thread(os.getxattr, subtree, "user.delegate") == b"1"
     unit = await units.workers_unit()

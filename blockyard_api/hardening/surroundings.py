@@ -7,9 +7,9 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from blockyard_api.hardening.firewall import Address, HostAddress, Listener, Service, Surroundings
+from blockyard_api.host.accounting import cgroup2_mount
+from blockyard_api.host.units import WORKERS
 from blockyard_api.settings import Settings
-
-WORKERS = "blockyard-workers.service"
 
 _WITHIN = 10.0  # seconds
 _CONNTRACK = Path("/proc/sys/net/netfilter/nf_conntrack_max")
@@ -89,9 +89,7 @@ def _systemd_says(unit: str, attribute: str) -> str:
 def _cgroup(configured: str) -> str:
     """Name the workers' cgroup from the mount's root."""
     if configured:
-        lines = Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
-        mount = next((line.split()[4] for line in lines if " - cgroup2 " in line), "")
-        return configured.removeprefix(mount)
+        return configured.removeprefix(str(cgroup2_mount() or ""))
     return _systemd_says(WORKERS, "ControlGroup") or f"/system.slice/{WORKERS}"
 
 

@@ -6,7 +6,7 @@ import os
 import select
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
 
@@ -39,6 +39,12 @@ def cgroup2_mount() -> Path | None:
         if rest.startswith("cgroup2 "):
             return Path(fields.split()[4])
     return None
+
+
+def subtree(cgroup: str) -> Path | None:
+    """Return the directory of the unit that a worker's cgroup lies in; None where it has none, or there is no mount."""
+    mount = cgroup2_mount()
+    return mount / PurePosixPath(cgroup).parents[1].relative_to("/") if mount is not None and cgroup else None
 
 
 def usage(directory: Path | None) -> Usage:
