@@ -2,32 +2,55 @@
 
 import asyncio
 import os
+from collections.abc import Mapping
 
-from blockyard_api.backends import docker_checks
 from blockyard_api.backends.spawner import SpawnerRefused, SpawnerUnreachable
 from blockyard_api.checks.context import Context
-from blockyard_api.checks.result import Result, Severity, ok
+from blockyard_api.checks.result import Result, error, info, ok
 
 _UNUSED = "No app uses the Docker backend."
+_UNKNOWN_RUNTIME = "docker_runtime"  # the helper's refusal of everything until that is put right
 
 
 async def docker_socket(context: Context) -> Result:
     """Tell who may use the engine's socket: that is root on this host."""
-    name, path = "docker_socket", context.settings.docker.socket
+    path = context.settings.docker.socket
     theirs = await asyncio.to_thread(os.access, path, os.W_OK)
-    if not _is_used(context) and not theirs:
-        return ok(name, _UNUSED)
-    refusal = await _refusal(context) if _is_used(context) else None
-    answers = "ok" if refusal is None or refusal[0] == "docker_runtime" else refusal[1]
-    return _result(name, docker_checks.socket(path, api_may_use_it=theirs, helper=answers))
+    if not _is_used(context):
+        return judged_socket(path, api_may_use_it=True, refusal=None) if theirs else ok("docker_socket", _UNUSED)
+    return judged_socket(path, api_may_use_it=theirs, refusal=await _refusal(context))
 
 
 async def docker_runtime(context: Context) -> Result:
     """Tell which runtimes containers run in, and whether the engine has them."""
-    name, docker = "docker_runtime", context.settings.docker
     if not _is_used(context):
-        return ok(name, _UNUSED)
-    return _result(name, docker_checks.runtime(await _refusal(context), docker.runtime, dict(docker.runtime_defaults)))
+        return ok("docker_runtime", _UNUSED)
+    docker = context.settings.docker
+    return judged_runtime(await _refusal(context), docker.runtime, docker.runtime_defaults)
+
+
+def judged_socket(path: str, *, api_may_use_it: bool, refusal: tuple[str, str] | None) -> Result:
+    """Judge who has the engine's socket; `refusal` is why the helper does not answer, None if it does. Pure."""
+    name = "docker_socket"
+    if api_may_use_it:
+        fact = f"The API may use {path}, and access to this socket is root on this host."
+        return error(name, fact, "Take the user blockyard out of the socket's group; only the Docker helper needs it.")
+    if refusal is not None and refusal[0] != _UNKNOWN_RUNTIME:
+        fact = f"The Docker helper does not answer: {refusal[1].rstrip('.')}."
+        remedy = "Run 'systemctl enable --now blockyard-spawner-docker.socket', or use no Docker backend."
+        return error(name, fact, remedy)
+    price = "access to this socket is root on this host, so the helper is part of what you trust"
+    return info(name, f"The Docker helper uses {path}: {price}; the API cannot use it.")
+
+
+def judged_runtime(refusal: tuple[str, str] | None, default: str, by_access: Mapping[str, str]) -> Result:
+    """Judge the runtimes; `refusal` is why the helper does not answer, None if it does. Pure."""
+    name = "docker_runtime"
+    if refusal is not None and refusal[0] == _UNKNOWN_RUNTIME:
+        return error(name, refusal[1], "Correct docker.runtime or docker.runtime_defaults, or install the runtime.")
+    named = [f"{access} apps in {runtime}" for access, runtime in sorted(by_access.items())]
+    others = f"others in {default}" if default else "others in the engine's default"
+    return ok(name, f"Docker workers run in the runtime that root chose: {', '.join([*named, others])}.")
 
 
 def _is_used(context: Context) -> bool:
@@ -42,7 +65,3 @@ async def _refusal(context: Context) -> tuple[str, str] | None:
     except (SpawnerRefused, SpawnerUnreachable) as failure:
         return failure.code, failure.message
     return None
-
-
-def _result(name: str, finding: docker_checks.Finding) -> Result:
-    return Result(name, Severity(finding.severity), finding.fact, finding.remedy)

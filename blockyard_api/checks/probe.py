@@ -69,7 +69,6 @@ class Report:
     peer: Peer  # the kernel's word, seen from the host
     inner_uid: int
     inner_gid: int
-    seccomp_filters: int
     filtered: bool  # whether system calls are filtered at all
     keyring: str  # the error's name when it asked for a keyring, which our own filter denies; "" if it was allowed
     landlock: int  # the ABI's version; 0: the kernel has none
@@ -148,7 +147,6 @@ class Prober:
             peer=seen,
             inner_uid=int(began["uid"]),
             inner_gid=int(began["gid"]),
-            seccomp_filters=int(began["seccomp_filters"]),
             filtered=int(began["seccomp"]) == 2,
             keyring=str(began["keyring"]),
             landlock=int(began["landlock"]),

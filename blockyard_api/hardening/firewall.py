@@ -99,6 +99,7 @@ _METADATA = (
     ("100.100.100.200", "metadata of Alibaba Cloud"),
 )
 _LOOPBACK = ("127.0.0.0/8", "::1")
+_DOCKER_DENIED = "169.254.169.254/32"  # a cloud's machine credentials
 _HEARD_HERE = (
     ("255.255.255.255", "broadcast: this machine hears it too"),
     ("224.0.0.0/4", "multicast: this machine hears it too"),
@@ -156,6 +157,18 @@ def forgotten_cgroup(recorded: str | None, present: int | None) -> str | None:
         "The firewall's rules name the workers' cgroup by an identity that it no longer has, so they match nobody; run "
         f"systemctl restart blockyard-firewall-cgroup@{tool}."
     )
+
+
+def docker_rules(pool: IPv4Network, denied: tuple[str, ...] = (_DOCKER_DENIED,)) -> list[str]:
+    """Return iptables commands for what no Docker worker is to reach, in Docker's own chain, DOCKER-USER.
+
+    The last lines close the host itself to workers, which reach its addresses past DOCKER-USER.
+    """
+    chain = "iptables -I DOCKER-USER"
+    rules = [f"{chain} -s {pool} -d {destination} -j REJECT" for destination in denied]
+    rules += [f"iptables -I INPUT -s {pool} -j REJECT"]
+    rules += [f"iptables -I INPUT -s {pool} -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"]
+    return rules
 
 
 _IPTABLES = ("iptables", "ip6tables")

@@ -192,7 +192,6 @@ def main() -> None:
             uid=os.getuid(),
             gid=os.getgid(),
             seccomp=int(known.get("Seccomp", "0")),
-            seccomp_filters=int(known.get("Seccomp_filters", "0")),
             landlock=max(0, version),
             keyring=system_call(keyring, 0, SESSION_KEYRING, 0)[1] if keyring else "unknown",
         )

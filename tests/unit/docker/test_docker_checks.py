@@ -2,39 +2,41 @@
 
 import ipaddress
 
-from blockyard_api.backends import docker_checks as checks
+from blockyard_api.checks import docker as checks
+from blockyard_api.hardening.firewall import docker_rules
 
 SOCKET = "/run/docker.sock"
 
 
 def test_an_api_that_may_use_the_engines_socket_is_an_error_that_says_what_it_means():
-    found = checks.socket(SOCKET, api_may_use_it=True, helper="ok")
+    found = checks.judged_socket(SOCKET, api_may_use_it=True, refusal=None)
     assert found.severity == "error"
     assert "access to this socket is root on this host" in found.fact
     assert found.remedy
 
 
 def test_the_price_is_told_even_where_all_is_well():
-    found = checks.socket(SOCKET, api_may_use_it=False, helper="ok")
+    found = checks.judged_socket(SOCKET, api_may_use_it=False, refusal=None)
     assert (found.severity, found.remedy) == ("info", "")
     assert "access to this socket is root on this host" in found.fact
 
 
 def test_a_helper_that_does_not_answer_is_an_error_in_its_own_words():
-    found = checks.socket(SOCKET, api_may_use_it=False, helper="Start the container engine.")
+    refusal = ("docker_unreachable", "Start the container engine.")
+    found = checks.judged_socket(SOCKET, api_may_use_it=False, refusal=refusal)
     assert found.severity == "error"
     assert "Start the container engine." in found.fact
 
 
 def test_an_unknown_runtime_is_an_error_and_a_known_one_is_named():
     refusal = ("docker_runtime", "'docker.runtime' is kata, which the engine does not have; it has runc.")
-    assert checks.runtime(refusal, "kata", {}).severity == "error"
-    found = checks.runtime(None, "", {"public": "kata"})
-    assert found == ("ok", f"{found.fact}", "")
+    assert checks.judged_runtime(refusal, "kata", {}).severity == "error"
+    found = checks.judged_runtime(None, "", {"public": "kata"})
+    assert (found.severity, found.remedy) == ("ok", "")
     assert "public apps in kata, others in the engine's default" in found.fact
 
 
 def test_one_static_rule_covers_every_worker_of_the_pool():
-    rules = checks.firewall(ipaddress.IPv4Network("10.213.0.0/16"))
+    rules = docker_rules(ipaddress.IPv4Network("10.213.0.0/16"))
     assert rules[0] == "iptables -I DOCKER-USER -s 10.213.0.0/16 -d 169.254.169.254/32 -j REJECT"
     assert all("10.213.0.0/16" in rule for rule in rules)
