@@ -9,10 +9,10 @@ import contextlib
 import os
 import socket
 import stat
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from blockyard_api.backends import peer
 from blockyard_api.relay.gate import UpstreamError
 
 SOCKET_NAME = "app.sock"
@@ -53,28 +53,23 @@ class WorkerSocket:
         return sock
 
     async def _connect(self, sock: socket.socket) -> None:
-        with contextlib.ExitStack() as opened:
+        with contextlib.ExitStack() as held:
             try:
-                directory = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                opened.callback(os.close, directory)
-                node = os.open(SOCKET_NAME, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-                opened.callback(os.close, node)
+                node = held.enter_context(peer.opened(self.directory, SOCKET_NAME))
             except OSError as error:
                 raise NotListening(f"the worker's socket cannot be opened: {error.strerror}") from error
             if not stat.S_ISSOCK(os.fstat(node).st_mode):
                 raise Impostor("the worker put something else in its socket's place")
             try:
-                await _dial(sock, f"/proc/self/fd/{node}")
+                await _dial(sock, peer.address(node))
             except OSError as error:
                 raise NotListening(f"the worker does not accept connections: {error.strerror}") from error
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        _, uid, _ = struct.unpack("3i", credentials)
-        if uid != self.uid:
+        if (uid := peer.of(sock).uid) != self.uid:
             raise Impostor(f"the socket belongs to uid {uid}, not to the worker's {self.uid}")
 
 
 async def _dial(sock: socket.socket, path: str) -> None:
-    """Connect by the descriptor's path: the name could be swapped between the check and the connect.
+    """Connect to an address.
 
     Waits while the worker's queue is full; the caller's deadline is the bound. Not `loop.sock_connect`: that takes
     EAGAIN for a connection under way, and hands out a socket without a peer (connect(2)).
