@@ -1,4 +1,7 @@
-"""What is left with the service manager: the write ends of the workers' log pipes, so that a restart keeps them."""
+"""What is left with the service manager: ends of the workers' log pipes, so that a restart keeps them.
+
+The helper leaves those that are written to, the API those that are read.
+"""
 
 import contextlib
 import os
@@ -33,7 +36,10 @@ class Keeper:
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
 
     def keep(self, worker: str, pipe: int) -> None:
-        """Leave a pipe there."""
+        """Leave a pipe there.
+
+        FDPOLL=0: systemd would drop it as soon as its other end is closed, with what is still unread in it.
+        """
         self._tell(f"FDSTORE=1\nFDNAME={_PREFIX}{worker}\nFDPOLL=0", [pipe])
 
     def drop(self, worker: str) -> None:
@@ -45,7 +51,7 @@ class Keeper:
             return
         with (
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
-            contextlib.suppress(OSError),  # costs the next restart some lines, never the worker
+            contextlib.suppress(OSError),  # a full or absent socket costs the next restart some lines, never the worker
         ):
             sock.connect(self._address)
             socket.send_fds(sock, [state.encode()], descriptors)
