@@ -35,9 +35,6 @@ class Backend(Protocol):
     def about(self) -> dict[str, object]:
         """Describe the host on the wire."""
 
-    def find(self, name: str) -> Worker:
-        """Find one. Raises Refused ``unknown_worker``."""
-
     async def spawn(self, request: Spawn, log: int, peer: Mapping[str, object]) -> Worker:
         """Start one. Raises Refused."""
 
@@ -125,15 +122,20 @@ class _Conversation:
             raise Refused("unexpected_descriptor", "Send a descriptor with 'spawn' alone.")
         return request
 
+    def _find(self, name: str) -> Worker:
+        worker = self._workers.by_id.get(name)
+        if worker is None or worker.state == "starting":
+            raise Refused("unknown_worker", f"Check the id: there is no worker {name}.")
+        return worker
+
     def _admit(self) -> None:
         if self._waiting > _WAITING:
             raise Refused("too_many_requests", "Wait for the replies to earlier ones.")
 
     def _send(self, seq: int | None, attached: int = -1, **answer: object) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", attached))] if attached >= 0 else []
-        self._connection.sendmsg(
-            [protocol.reply(seq=seq, **answer)], rights
-        )  # BlockingIOError, if the peer does not read
+        # BlockingIOError, if the peer does not read.
+        self._connection.sendmsg([protocol.reply(seq=seq, **answer)], rights)
 
     async def _hello(self, request: Hello, _: list[int]) -> Answer:
         if request.version != protocol.VERSION:
@@ -146,7 +148,7 @@ class _Conversation:
         return worker.record(), worker.pidfd
 
     async def _stop(self, request: Stop, _: list[int]) -> Answer:
-        worker = self._workers.find(request.id)
+        worker = self._find(request.id)
         await self._workers.stop(worker, request.grace / 1000, self._peer)
         return {"id": worker.id, "result": worker.result}, -1
 
@@ -154,7 +156,7 @@ class _Conversation:
         known = [worker for _, worker in sorted(self._workers.by_id.items()) if worker.state != "starting"]
         found = [worker for worker in known if worker.id > (request.after or "")]
         if request.id:
-            found = [self._workers.find(request.id)]
+            found = [self._find(request.id)]
         page = [worker.record("app", "state", "result") for worker in found[: protocol.PAGE]]
         answer = {"workers": page, "more": len(found) > protocol.PAGE, "unprivileged": self._workers.unprivileged}
         return answer, found[0].pidfd if request.id else -1

@@ -43,6 +43,11 @@ class Worker:
         """Describe it on the wire."""
         return {name: getattr(self, name) for name in ("id", "uid", "pid", "cgroup", *names)}
 
+    def audit(self, kind: str, result: object, event: str, **peer: object) -> None:
+        """Write down what happened to it, and by whose wish."""
+        fields = {"worker": self.id, "app": self.app, "uid": self.uid, "cgroup": self.cgroup, **peer}
+        audit(kind, f"Worker {self.id} of {self.app} {event}.", result=result, **fields)
+
 
 class Workers:
     """All workers. Each has a task for its life; the workers themselves go on when those tasks are cancelled."""
@@ -91,12 +96,6 @@ class Workers:
         uids = {"uids_free": len(self.free_uids), "uids_total": len(policy.uids(self.config))}
         return {"controllers": self._cgroups.controllers, "unprivileged": self.unprivileged, **uids}
 
-    def find(self, name: str) -> Worker:
-        """Find one. Raises Refused ``unknown_worker``."""
-        if name not in self.by_id or self.by_id[name].state == "starting":
-            raise Refused("unknown_worker", f"Check the id: there is no worker {name}.")
-        return self.by_id[name]
-
     async def spawn(self, request: Spawn, log: int, peer: Mapping[str, object]) -> Worker:
         """Start one; when this returns, bwrap runs. Raises Refused."""
         name, wanted = request.id, policy.authorize(self.config, request)
@@ -120,14 +119,14 @@ class Workers:
             for descriptor in given[2:]:
                 os.close(descriptor)
             self._tasks.create_task(self._live(worker))  # which also clears away what failed half-way
-        self._audit("spawn", worker, "ok", "was started", **peer)
+        worker.audit("spawn", "ok", "was started", **peer)
         return worker
 
     async def stop(self, worker: Worker, grace: float, peer: Mapping[str, object]) -> None:
         """Interrupt the app, after `grace` seconds kill what is left; return when everything is gone."""
         if worker.state == "running" and not _has_ended(worker.pidfd):  # else it ended by itself, and is told so
             worker.state = "stopping"
-            self._audit("stop", worker, "ok", "is being stopped", **peer)
+            worker.audit("stop", "ok", "is being stopped", **peer)
             self._tasks.create_task(self._interrupt(worker, grace))
         await worker.ended.wait()
 
@@ -153,7 +152,7 @@ class Workers:
         worker.result = _result(exited, kills, stopped=worker.state == "stopping")
         worker.state = "ended"
         worker.ended.set()
-        self._audit("exit", worker, worker.result["reason"], f"ended: {worker.result}")
+        worker.audit("exit", worker.result["reason"], f"ended: {worker.result}")
         for name in [other.id for other in self.by_id.values() if other.result][:-_ENDED_KEPT]:
             del self.by_id[name]
 
@@ -171,7 +170,7 @@ class Workers:
             except (OSError, Refused) as error:  # a TimeoutError is an OSError
                 if getattr(error, "errno", None) == errno.ENODEV:  # systemd removed its cgroup as it was looked at
                     continue
-                self._audit("exit", worker, "quarantined", f"cannot be cleared away yet, so its uid rests: {error!r}")
+                worker.audit("exit", "quarantined", f"cannot be cleared away yet, so its uid rests: {error!r}")
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 return kills
@@ -188,10 +187,6 @@ class Workers:
                 return self.free_uids.popleft()
             self.free_uids.rotate(-1)
         raise Refused("uid_pool_exhausted", "Stop a worker, or widen process.worker_uid_range: no uid is free.")
-
-    def _audit(self, kind: str, worker: Worker, result: object, event: str, **peer: object) -> None:
-        fields = {"worker": worker.id, "app": worker.app, "uid": worker.uid, "cgroup": worker.cgroup, **peer}
-        audit(kind, f"Worker {worker.id} of {worker.app} {event}.", result=result, **fields)
 
     def _directory(self, name: str) -> str:
         return f"{self.config['process.runtime_dir']}/{name}"
@@ -220,7 +215,12 @@ async def _exit_of(pidfd: int) -> os.waitid_result | None:
 def _result(exited: os.waitid_result | None, kills: int, *, stopped: bool) -> dict[str, object]:
     status = exited.si_status if exited and exited.si_code == os.CLD_EXITED else None
     number = exited.si_status if exited and exited.si_code != os.CLD_EXITED else None
-    if status is not None and 128 < status <= 128 + 64:  # bwrap reports the app's signal as a shell does
+    return outcome(status, number, kills, stopped=stopped)
+
+
+def outcome(status: int | None, number: int | None, kills: int, *, stopped: bool) -> dict[str, object]:
+    """Word how a worker ended: its exit status or the signal's number, and how often memory ran out."""
+    if status is not None and 128 < status <= 128 + 64:  # bwrap and Docker report the app's signal as a shell does
         number = status - 128
     reasons = {"oom": kills, "stopped": stopped, "signalled": number, "exited": status is not None, "unknown": True}
     reason = next(name for name, holds in reasons.items() if holds)

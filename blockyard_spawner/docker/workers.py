@@ -22,7 +22,7 @@ from blockyard_spawner.docker.forward import Position, forward
 from blockyard_spawner.docker.keeping import Keeper
 from blockyard_spawner.docker.networks import Networks
 from blockyard_spawner.protocol import Refused, Spawn
-from blockyard_spawner.workers import Worker
+from blockyard_spawner.workers import Worker, outcome
 
 _SPAWN_WITHIN = 12.0  # seconds: less than the API waits for a reply
 _AT_ONCE = 8  # starts that the engine is asked for at the same time
@@ -70,12 +70,6 @@ class Containers:
         """Describe the present in a line."""
         running = sum(worker.result is None for worker in self._known.values())
         return self._away.message if self._away else f"{running} workers, {len(self.networks.free)} subnets free"
-
-    def find(self, name: str) -> Worker:
-        """Find one. Raises Refused ``unknown_worker``."""
-        if name not in self.by_id or self.by_id[name].state == "starting":
-            raise Refused("unknown_worker", f"Check the id: there is no worker {name}.")
-        return self.by_id[name]
 
     # --- start of the helper -------------------------------------------------------------------------------------
 
@@ -181,7 +175,7 @@ class Containers:
             return error
         worker.state = "running"
         self._keeper.keep(worker.id, log)
-        self._audit("spawn", worker, "ok", "was started", **peer)
+        worker.audit("spawn", "ok", "was started", **peer)
         self._tasks.create_task(self._live(worker, log))
         return None
 
@@ -241,7 +235,7 @@ class Containers:
         """Interrupt the app, after `grace` seconds kill what is left; return when everything is gone."""
         if worker.state == "running":
             worker.state = "stopping"
-            self._audit("stop", worker, "ok", "is being stopped", **peer)
+            worker.audit("stop", "ok", "is being stopped", **peer)
             self._tasks.create_task(self._interrupt(worker, grace))
         await worker.ended.wait()
 
@@ -279,15 +273,16 @@ class Containers:
             await asyncio.wait([moving], timeout=_DRAIN_WITHIN)
             moving.cancel()
         self._keeper.drop(worker.id)
-        result = _result(state, oom=worker.id in self._oom, stopped=worker.state == "stopping")
+        kills = int(worker.id in self._oom or bool(state.get("OOMKilled")))
+        result = outcome(state.get("ExitCode"), None, kills, stopped=worker.state == "stopping")
         if result["status"] == container.SWAPPED:
-            self._audit("refusal", worker, "source_swapped", "was given a mount that is not what was checked")
+            worker.audit("refusal", "source_swapped", "was given a mount that is not what was checked")
         await self._clear(worker)
         _close(worker.pidfd)
         worker.pidfd, worker.result, worker.state = -1, result, "ended"
         self._oom.discard(worker.id)
         worker.ended.set()
-        self._audit("exit", worker, result["reason"], f"ended: {result}")
+        worker.audit("exit", result["reason"], f"ended: {result}")
         for name in [other.id for other in self._known.values() if other.result][:-_ENDED_KEPT]:
             del self._known[name]
 
@@ -332,7 +327,7 @@ class Containers:
                     del self._networks[worker.id]
                 await self._remove_directory(worker.id)
             except (OSError, Refused) as error:
-                self._audit("exit", worker, "quarantined", f"cannot be cleared away yet: {error!r}")
+                worker.audit("exit", "quarantined", f"cannot be cleared away yet: {error!r}")
                 await asyncio.sleep(_RETRY)
             else:
                 return
@@ -378,10 +373,6 @@ class Containers:
                         await self._kill(self._known[name])
             await asyncio.sleep(_RETRY)
 
-    def _audit(self, kind: str, worker: Worker, result: object, event: str, **peer: object) -> None:
-        fields = {"worker": worker.id, "app": worker.app, "uid": worker.uid, "cgroup": worker.cgroup, **peer}
-        audit(kind, f"Worker {worker.id} of {worker.app} {event}.", result=result, **fields)
-
     def _directory(self, name: str) -> str:
         return f"{self.config['docker.runtime_dir']}/{name}"
 
@@ -402,15 +393,6 @@ def _check_directory(path: str, gid: int) -> None:
     sound = found.st_uid == os.geteuid() and found.st_gid == gid and stat.S_IMODE(found.st_mode) == 0o2710
     if not sound:
         raise ConfigError(f"Make {path} with mode 2710, owned by this helper's user and the API's group: it is not so.")
-
-
-def _result(state: Mapping[str, Any], *, oom: bool, stopped: bool) -> dict[str, object]:
-    status = state.get("ExitCode")
-    kills = int(oom or bool(state.get("OOMKilled")))
-    number = status - 128 if status is not None and 128 < status <= 128 + 64 else None  # as a shell tells it
-    reasons = {"oom": kills, "stopped": stopped, "signalled": number, "exited": status is not None, "unknown": True}
-    reason = next(name for name, holds in reasons.items() if holds)
-    return {"reason": reason, "status": status, "signal": number, "oom_kills": kills}
 
 
 def _uid(pid: int) -> int:
