@@ -9,7 +9,7 @@ import pwd
 import resource
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 os.environ["MSGPACK_PUREPYTHON"] = "1"  # no C parser sees a hostile peer's bytes; msgpack reads this when imported
@@ -33,11 +33,7 @@ def main() -> None:
     parser.add_argument("--unprivileged", action="store_true", help="run as an ordinary user, workers under its uid")
     parser.add_argument("--version", action="version", version=f"protocol {VERSION}")
     arguments = parser.parse_args()
-    prctl.set_name("blockyard-spawn")
-    prctl.set_dumpable(0)
-    os.umask(0o022)  # the API looks into cgroups, and reaches sockets through the runtime directory
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each worker holds a pidfd
+    prepare()
     try:
         config = load(arguments.config, os.environ, KEYS)
         policy.check(config)
@@ -51,6 +47,15 @@ def main() -> None:
         asyncio.run(_run(listener, {0, user.pw_uid}, workers))
 
 
+def prepare() -> None:
+    """Make this process one that nobody looks into, with room for its workers' descriptors."""
+    prctl.set_name("blockyard-spawn")
+    prctl.set_dumpable(0)
+    os.umask(0o022)  # the API looks into cgroups, and reaches sockets through the runtime directory
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 async def _run(listener: socket.socket, peers: set[int], workers: Workers) -> None:
     systemd = sdnotify.SystemdNotifier()
     if task := asyncio.current_task():
@@ -62,13 +67,17 @@ async def _run(listener: socket.socket, peers: set[int], workers: Workers) -> No
             filtered = "with a" if workers.config["process.seccomp_profile"] else "no"
             audit("start", f"Started, {filtered} seccomp filter: {workers.about()}.")
             tasks.create_task(serve(listener, peers, workers))
-            systemd.notify("READY=1")
-            while True:  # the loop turns, and systemd is told so twice in the time that its watchdog allows
-                running = sum(worker.result is None for worker in workers.by_id.values())
-                systemd.notify(f"WATCHDOG=1\nSTATUS={running} workers, {len(workers.free_uids)} uids free")
-                await asyncio.sleep(int(os.environ.get("WATCHDOG_USEC", "10000000")) / 2_000_000)
+            await report(systemd, workers.status)
     finally:
         systemd.notify("STOPPING=1")
+
+
+async def report(systemd: sdnotify.SystemdNotifier, status: Callable[[], str]) -> None:
+    """Tell systemd that this helper serves, and that its loop turns, twice in the time that its watchdog allows."""
+    systemd.notify("READY=1")
+    while True:
+        systemd.notify(f"WATCHDOG=1\nSTATUS={status()}")
+        await asyncio.sleep(int(os.environ.get("WATCHDOG_USEC", "10000000")) / 2_000_000)
 
 
 def _api_user(config: Mapping[str, Any], *, unprivileged: bool) -> pwd.struct_passwd:

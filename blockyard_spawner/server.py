@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from blockyard_spawner import protocol
 from blockyard_spawner.audit import audit
 from blockyard_spawner.cgroup import readable
-from blockyard_spawner.protocol import Hello, List, Refused, Request, Spawn, Stop
+from blockyard_spawner.protocol import MAX_PACKET, Hello, List, Refused, Request, Spawn, Stop
 from blockyard_spawner.workers import Worker
 
 _CONNECTIONS = 8  # further ones wait to be accepted
@@ -78,9 +78,7 @@ class _Conversation:
 
     async def _take(self, answering: asyncio.TaskGroup) -> None:
         await readable(self._connection.fileno())
-        packet, control, flags, _ = self._connection.recvmsg(
-            protocol.MAX_PACKET, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC
-        )
+        packet, control, flags, _ = self._connection.recvmsg(MAX_PACKET, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC)
         descriptors = [number for _, _, data in control for number in struct.unpack(f"{len(data) // 4}i", data)]
         self._waiting += 1
         answering.create_task(self._answer(packet, flags, descriptors))
@@ -93,7 +91,8 @@ class _Conversation:
         request = None
         try:
             request = self._understand(packet, flags, descriptors)
-            self._admit()
+            if self._waiting > _WAITING:
+                raise Refused("too_many_requests", "Wait for the replies to earlier ones.")  # noqa: TRY301 - answered below
             answer, attached = await HANDLERS[type(request)](self, request, descriptors)
         except (Refused, OSError) as error:
             code, message = error.args if isinstance(error, Refused) else ("system_error", f"See to the host: {error}.")
@@ -127,10 +126,6 @@ class _Conversation:
         if worker is None or worker.state == "starting":
             raise Refused("unknown_worker", f"Check the id: there is no worker {name}.")
         return worker
-
-    def _admit(self) -> None:
-        if self._waiting > _WAITING:
-            raise Refused("too_many_requests", "Wait for the replies to earlier ones.")
 
     def _send(self, seq: int | None, attached: int = -1, **answer: object) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", attached))] if attached >= 0 else []

@@ -96,6 +96,11 @@ class Workers:
         uids = {"uids_free": len(self.free_uids), "uids_total": len(policy.uids(self.config))}
         return {"controllers": self._cgroups.controllers, "unprivileged": self.unprivileged, **uids}
 
+    def status(self) -> str:
+        """Describe the present in a line."""
+        running = sum(worker.result is None for worker in self.by_id.values())
+        return f"{running} workers, {len(self.free_uids)} uids free"
+
     async def spawn(self, request: Spawn, log: int, peer: Mapping[str, object]) -> Worker:
         """Start one; when this returns, bwrap runs. Raises Refused."""
         name, wanted = request.id, policy.authorize(self.config, request)

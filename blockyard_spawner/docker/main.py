@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import os
 import pwd
-import resource
 import signal
 import socket
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from typing import Any
 
 os.environ["MSGPACK_PUREPYTHON"] = "1"  # no C parser sees a hostile peer's bytes; msgpack reads this when imported
 
-import prctl
 import sdnotify
 
 from blockyard_spawner import config as base
@@ -24,7 +22,7 @@ from blockyard_spawner.docker import config as docker
 from blockyard_spawner.docker import engine
 from blockyard_spawner.docker.keeping import Keeper, take_passed
 from blockyard_spawner.docker.workers import Containers
-from blockyard_spawner.main import listen
+from blockyard_spawner.main import listen, prepare, report
 from blockyard_spawner.protocol import VERSION
 from blockyard_spawner.server import serve
 
@@ -38,11 +36,7 @@ def main() -> None:
     parser.add_argument("--socket", metavar="PATH", help="listen here; without it, on the socket that systemd passes")
     parser.add_argument("--version", action="version", version=f"protocol {VERSION}")
     arguments = parser.parse_args()
-    prctl.set_name("blockyard-spawn")
-    prctl.set_dumpable(0)
-    os.umask(0o022)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # three a worker: pidfd, pipe, connection
+    prepare()
     try:
         values = base.load(arguments.config, os.environ, {**base.KEYS, **docker.KEYS})
         policy.check(values)
@@ -68,10 +62,7 @@ async def _run(
             await workers.adopt(tasks, pipes)
             audit("start", f"Started, with {values['docker.image']}: {workers.about()}.")
             tasks.create_task(serve(listener, peers, workers))
-            systemd.notify("READY=1")
-            while True:  # the loop turns, and systemd is told so twice in the time that its watchdog allows
-                systemd.notify(f"WATCHDOG=1\nSTATUS={workers.status()}")
-                await asyncio.sleep(int(os.environ.get("WATCHDOG_USEC", "10000000")) / 2_000_000)
+            await report(systemd, workers.status)
     except ExceptionGroup as group:
         if wrong := group.subgroup(ConfigError):
             raise wrong.exceptions[0] from None
