@@ -24,13 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Dockerd]:
     """A dockerd with the worker image, for all tests."""
-    running = Dockerd(engine_group())
-    try:
-        running.start()
-        running.import_image()
+    with Dockerd(engine_group()) as running:
         yield running
-    finally:
-        running.remove()
 
 
 @pytest.fixture(params=["process", "docker"])

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Self
 
 CHECKOUT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("BLOCKYARD_TEST_CACHE", "/var/cache/blockyard-test"))
@@ -52,6 +53,19 @@ class Dockerd:
         self.group = group
         self.cgroup = f"blockyard-docker-test-{os.getpid()}"
         self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        """Start it, with the worker image in it."""
+        try:
+            self.start()
+            self.import_image()
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
     def start(self, *more: str) -> None:
         argv = [

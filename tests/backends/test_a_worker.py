@@ -8,21 +8,10 @@ import socket
 import struct
 
 import pytest
-from running_spawner import EXAMPLES, Refusal, acting_as, api_user, eventually
+from running_spawner import EXAMPLES, PROLOGUE, Refusal, acting_as, api_user, eventually, told
 
 WAITING = "Sys.sleep(600)"
 STUBBORN = "repeat tryCatch({message('up'); Sys.sleep(600)}, interrupt = \\(e) 0)"
-PROLOGUE = 'tell <- function(x) { cat("TOLD ", x, "\\n", sep = ""); flush(stdout()) }\n'
-
-
-def told(helper, client, code, **fields):
-    """Run R code in a worker and return what it told, in lines."""
-    number = len(helper.workers)
-    worker = helper.run_r(client, f"worker{number:04}", PROLOGUE + code + "\nquit()", **fields)
-    helper.result(client, worker.id)
-    lines = [line.removeprefix("TOLD ").rstrip("\n") for line in worker.output().splitlines() if "TOLD " in line]
-    assert lines, worker.output() + helper.audit_text()
-    return lines
 
 
 # --- it serves ---------------------------------------------------------------------------------------------------
@@ -188,6 +177,7 @@ def test_hello_tells_the_version_and_the_room_there_is(helper, client):
 
 
 def test_the_environment_holds_the_documented_names_alone(helper, client):
+    # R's front end adds its own; what the worker was given is what bwrap's init process has.
     code = "for (name in system(\"tr '\\\\0' '\\\\n' < /proc/1/environ\", intern = TRUE)) tell(name)"
     lines = dict(line.split("=", 1) for line in told(helper, client, code, app="demo", env={"APP_COLOUR": "blå"}))
     assert lines == {

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 from keeping_manager import KeepingManager
-from running_spawner import EXAMPLES, Refusal, api_user, eventually
+from running_spawner import EXAMPLES, PROLOGUE, Refusal, api_user, eventually
 
 WAITING = "Sys.sleep(600)"
-PROLOGUE = 'tell <- function(x) { cat("TOLD ", x, "\\n", sep = ""); flush(stdout()) }\n'
 CONNECT = 'tell(class(try(socketConnection("{host}", {port}, timeout = 3), silent = TRUE))[1])'
 
 

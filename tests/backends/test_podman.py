@@ -8,13 +8,8 @@ from running_spawner import EXAMPLES
 
 @pytest.fixture(scope="module")
 def podman():
-    running = Podman(engine_group())
-    try:
-        running.start()
-        running.import_image()
+    with Podman(engine_group()) as running:
         yield running
-    finally:
-        running.remove()
 
 
 def test_a_worker_serves_its_app_and_ends_with_nothing_left(podman):

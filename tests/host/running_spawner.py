@@ -27,6 +27,7 @@ _numbers = itertools.count(os.getpid() % 200 * 20)
 
 API_USER = "blockyard-test"
 DEADLINE = 30.0
+PROLOGUE = 'tell <- function(x) { cat("TOLD ", x, "\\n", sep = ""); flush(stdout()) }\n'
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -363,3 +364,12 @@ def configured_spawner() -> Spawner:
         allow_unlimited=True,
     )
     return spawner
+
+
+def told(spawner: Spawner, client: Client, code: str, **fields: object) -> list[str]:
+    """Run R code in a worker and return what it told, in lines."""
+    worker = spawner.run_r(client, f"worker{len(spawner.workers):04}", f"{PROLOGUE}{code}\nquit()", **fields)
+    spawner.result(client, worker.id)
+    lines = [line.removeprefix("TOLD ").rstrip("\n") for line in worker.output().splitlines() if "TOLD " in line]
+    assert lines, worker.output() + spawner.audit_text()
+    return lines

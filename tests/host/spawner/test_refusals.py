@@ -70,15 +70,6 @@ def test_a_forbidden_wish_is_refused_and_changes_nothing(spawner, client, bundle
     assert refusals == [code], entry
 
 
-def test_limits_above_the_ceiling_are_refused(stopped_spawner):
-    stopped_spawner.configure(memory_ceiling="512m", cpu_ceiling="2")
-    stopped_spawner.start()
-    client, bundle = stopped_spawner.client(), stopped_spawner.bundle("waiting", {"app.R": WAITING})
-    for limits in ({"memory": (512 << 20) + 1}, {"cpu": 2001}):
-        with pytest.raises(Refusal, match="limit_above_ceiling"):
-            stopped_spawner.spawn(client, "worker0001", bundle, limits=limits)
-
-
 def test_limits_that_cannot_be_enforced_are_refused(stopped_spawner):
     stopped_spawner.configure(allow_unlimited=False)
     stopped_spawner.start()

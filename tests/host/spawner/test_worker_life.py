@@ -33,13 +33,6 @@ def test_the_runtime_directory_is_the_workers_and_the_apis_alone(spawner, client
     assert oct(spawner.runtime_dir.stat().st_mode & 0o7777) == "0o711"
 
 
-def test_the_pidfd_becomes_readable_when_the_worker_ends(spawner, client):
-    worker = spawner.run_r(client, "worker0001", WAITING)
-    assert not select.select([worker.pidfd], [], [], 0)[0]
-    client.call("stop", id="worker0001", grace=0)
-    assert select.select([worker.pidfd], [], [], 30)[0]
-
-
 def test_a_stop_lets_the_app_say_goodbye(spawner, client):
     worker = spawner.run_r(
         client, "worker0001", 'onStop(function() message("goodbye")); shinyApp(fluidPage(), \\(i, o) {})'
@@ -139,13 +132,6 @@ def test_other_requests_are_answered_while_a_stop_takes_its_time(spawner, client
     first, second = client.receive()[0], client.receive()[0]
     assert (first["seq"], second["seq"]) == (listed, stop)
     assert first["ok"]["workers"][0]["state"] == "stopping"
-
-
-def test_a_stop_goes_on_when_its_client_has_gone(spawner, client):
-    spawner.run_r(client, "worker0001", WAITING)
-    client.send("stop", id="worker0001", grace=0)
-    client.close()
-    assert spawner.result(spawner.client(), "worker0001")["reason"] == "stopped"
 
 
 def test_a_uid_rests_before_it_is_used_again(spawner, client):
