@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -179,6 +180,7 @@ def try_all(targets: list[Target]) -> None:
 
 def main() -> None:
     """Listen, tell who this is, try everything, and wait until the API has been there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # how a worker is stopped: a traceback would be one line too many
     nonce = os.environ["BLOCKYARD_PROBE_NONCE"]
     parts: list[str] = []
     while (name := f"BLOCKYARD_PROBE_TARGETS_{len(parts)}") in os.environ:

@@ -17,21 +17,27 @@ def program(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def neighbour(target):
+def neighbours_visitor(target):
+    """A visitor of the neighbour with one session for all tests: an address may not begin one for each attack."""
+    found = target.server.visitor()
+    found.http.timeout = READY
+    return found
+
+
+@pytest.fixture(scope="session")
+def neighbour(target, neighbours_visitor):
     """Another tenant's app with secrets in its bundle, its /tmp and its environment; its bundle's name and worker."""
     files = {**simple_app(NEIGHBOUR.format(canary=CANARY)), "secret.txt": CANARY}
     made = target.server.deploy("neighbour", packed(files), max_sessions_per_worker=100, max_workers_per_app=1)
-    visitor = target.server.visitor()
-    visitor.http.timeout = READY
-    assert visitor.get("/app/neighbour/").status_code == 200
+    assert neighbours_visitor.get("/app/neighbour/").status_code == 200
     return made["bundle_id"], target.worker("neighbour")
 
 
 @pytest.fixture
-def neighbour_lives_on(target, neighbour):
+def neighbour_lives_on(target, neighbour, neighbours_visitor):
     yield
     assert target.worker("neighbour") == neighbour[1]
-    assert target.server.visitor().get("/app/neighbour/").status_code == 200
+    assert neighbours_visitor.get("/app/neighbour/").status_code == 200
 
 
 @pytest.fixture(scope="session")
