@@ -5,7 +5,6 @@ with it.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -16,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Self
 
-CHECKOUT = Path(__file__).parents[2]
-CACHE = Path(os.environ.get("BLOCKYARD_TEST_CACHE", "/var/cache/blockyard-test"))
+PLACE = Path(__file__).parent
+CHECKOUT = PLACE.parents[1]
 IMAGE = "blockyard-worker:latest"
 DEADLINE = 60.0
 # crun wants one version of cgroups or the other; a machine may have both.
@@ -29,18 +28,9 @@ exec "$@"
 
 
 def worker_image() -> Path:
-    """Return the worker image's file, made once for each state of the script that makes it."""
-    script = CHECKOUT / "scripts/build-worker-image"
-    release = Path("/etc/os-release").read_bytes()
-    file = CACHE / f"worker-image-{hashlib.sha256(script.read_bytes() + release).hexdigest()[:16]}.tar"
-    if not file.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.glob("worker-image-*"):
-            old.unlink()
-        unfinished = CACHE / f"worker-image-{os.getpid()}.unfinished"
-        subprocess.run([script, "--tar", unfinished], check=True, timeout=1500)
-        unfinished.rename(file)
-    return file
+    """Return the worker image's file."""
+    made = subprocess.run([PLACE / "worker-image"], stdout=subprocess.PIPE, text=True, check=True, timeout=1500)
+    return Path(made.stdout.strip())
 
 
 class Dockerd:
