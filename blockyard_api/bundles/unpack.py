@@ -1,7 +1,8 @@
 """The program that unpacks one untrusted archive: ``python -m blockyard_api.bundles.unpack ARCHIVE STAGING``.
 
-It gives up what it can before it reads a byte, writes only below STAGING, which must be an empty directory, and prints
-one line of JSON: what it found, or why it refuses. Its caller throws STAGING away unless the verdict is good.
+It gives up what it can before it reads a byte, writes only below STAGING, which must be an empty directory and is all
+that the kernel lets it open from then on, and prints one line of JSON: what it found, or why it refuses. Its caller
+throws STAGING away unless the verdict is good.
 
 tarfile parses; what may be written is decided here, not by tarfile's filters. Nothing is ever written through a
 symbolic link, because no link exists before the last file is written, and none is made that does not resolve inside.
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import IO
 
 import prctl
+
+from blockyard_api.bundles.confinement import confine
 
 MAX_FILES = 10_000
 MAX_DIRECTORIES = 10_000
@@ -401,6 +404,7 @@ def _verdict(archive: str, staging: str) -> dict[str, object]:
     try:
         with Path(archive).open("rb") as stream:
             directory = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            confine(directory)
             unpacked = extract(stream, directory)
         os.sync()  # the caller's rename must not become durable before what it names
     except BundleRefused as refused:
