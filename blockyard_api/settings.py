@@ -263,6 +263,7 @@ class Docker:
     spawner_socket: str
     runtime_dir: str
     socket: str  # the engine's, which the API may not use
+    network_pool: ipaddress.IPv4Network
     runtime: str
     runtime_defaults: Mapping[str, str]
 

@@ -1,12 +1,14 @@
 """What workers must not reach, and the rules that keep them from it, in the words of four tools. Pure.
 
+Docker workers are another case: a connection of theirs is forwarded by this machine, or comes in as from a neighbour.
+
 Each rule names a destination; whatever no rule names stays reachable, the open internet first of all. Only parsed
 values get into a text: addresses are `ipaddress` objects, and every name has to match a narrow pattern before.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 
@@ -18,6 +20,7 @@ Network = IPv4Network | IPv6Network
 TABLE = "blockyard"
 CGROUP_TABLE = "blockyard_cgroup"  # one of its own: the form by uid may be taken away without this one
 CHAIN = "BLOCKYARD"
+DOCKER_CHAIN = "BLOCKYARD-DOCKER"
 DROP_IN = "/etc/systemd/system/blockyard-workers.service.d/firewall.conf"
 CGROUP_RECORD = "/run/blockyard/firewall-cgroup"  # by which tool, and the inode of the cgroup that it was told
 
@@ -34,6 +37,7 @@ class Format(StrEnum):
     IPTABLES_OWNER = "iptables-owner"
     IPTABLES_CGROUP = "iptables-cgroup"
     SYSTEMD = "systemd"
+    DOCKER = "docker"
 
 
 class NotExpressible(BlockyardError):
@@ -78,6 +82,8 @@ class Surroundings:
     listeners: tuple[Listener, ...]
     services: tuple[Service, ...]
     translates: bool  # connections are tracked, as where containers' ports are published on this machine's addresses
+    pool: IPv4Network  # of Docker workers' networks
+    container_resolvers: tuple[Address, ...]  # whom the engine asks for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,6 @@ _METADATA = (
     ("100.100.100.200", "metadata of Alibaba Cloud"),
 )
 _LOOPBACK = ("127.0.0.0/8", "::1")
-_DOCKER_DENIED = "169.254.169.254/32"  # a cloud's machine credentials
 _HEARD_HERE = (
     ("255.255.255.255", "broadcast: this machine hears it too"),
     ("224.0.0.0/4", "multicast: this machine hears it too"),
@@ -126,6 +131,16 @@ def rules(around: Surroundings) -> list[Rule]:
     return list(dict.fromkeys(found))
 
 
+def container_rules(around: Surroundings) -> list[Rule]:
+    """List the rules for Docker workers: IPv4 alone, as their networks are, and without loopback, which is their own.
+
+    The addresses of their own networks, which come and go with them, are not listed.
+    """
+    lasting = tuple(own for own in around.addresses if own.address not in around.pool)
+    every = rules(replace(around, resolvers=around.container_resolvers, addresses=lasting))
+    return [rule for rule in every if rule.destination.version == 4 and not rule.destination.is_loopback]
+
+
 def render(around: Surroundings, form: Format) -> str:
     """Write the rules for one tool. Raises NotExpressible."""
     return _RENDERERS[form](around)
@@ -138,9 +153,11 @@ def loaded_by(form: Format, printed: str) -> list[str]:
     if form in (Format.NFT, Format.NFT_CGROUP):
         return [f"{printed} | nft --file -"]
     # A chain that is declared again is emptied first, so only the jump to it could pile up.
+    if form is Format.DOCKER:  # what workers send to others, and what they send to this machine
+        return [f"{printed} | iptables-restore --noflush", *(_jump("iptables", way, DOCKER_CHAIN) for way in _WAYS)]
     return [
         *(f"{printed} | {tool}-restore --noflush" for tool in _IPTABLES),
-        *(f"{tool} -C OUTPUT -j {CHAIN} 2>/dev/null || {tool} -I OUTPUT -j {CHAIN}" for tool in _IPTABLES),
+        *(_jump(tool, "OUTPUT", CHAIN) for tool in _IPTABLES),
     ]
 
 
@@ -159,24 +176,17 @@ def forgotten_cgroup(recorded: str | None, present: int | None) -> str | None:
     )
 
 
-def docker_rules(pool: IPv4Network, denied: tuple[str, ...] = (_DOCKER_DENIED,)) -> list[str]:
-    """Return iptables commands for what no Docker worker is to reach, in Docker's own chain, DOCKER-USER.
-
-    The last lines close the host itself to workers, which reach its addresses past DOCKER-USER.
-    """
-    chain = "iptables -I DOCKER-USER"
-    rules = [f"{chain} -s {pool} -d {destination} -j REJECT" for destination in denied]
-    rules += [f"iptables -I INPUT -s {pool} -j REJECT"]
-    rules += [f"iptables -I INPUT -s {pool} -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"]
-    return rules
-
-
 _IPTABLES = ("iptables", "ip6tables")
+_WAYS = ("DOCKER-USER", "INPUT")
 # A reload alone leaves a running unit's filter as it is; setting any property of the filter's kind makes it anew.
 _TAKE_ON = "systemctl set-property --runtime blockyard-workers IPAccounting=yes"
 _HOST = r"[A-Za-z0-9_.:-]{1,253}"
 _INTERFACE = r"[A-Za-z0-9_.@-]{1,15}"
 _CGROUP = r"(/[A-Za-z0-9_.@:-]+)+"
+
+
+def _jump(tool: str, way: str, chain: str) -> str:
+    return f"{tool} -C {way} -j {chain} 2>/dev/null || {tool} -I {way} -j {chain}"
 
 
 def _known(name: str, pattern: str) -> str:
@@ -204,7 +214,8 @@ def _uids(around: Surroundings) -> str:
 
 
 def _heading(around: Surroundings, form: Format) -> Iterator[str]:
-    yield f"# What Blockyard's workers must not reach. Made by: by admin firewall --format {form}"
+    workers = "Docker workers" if form is Format.DOCKER else "workers"
+    yield f"# What Blockyard's {workers} must not reach. Made by: by admin firewall --format {form}"
     yield "# Made from the configuration and this machine's addresses: make it anew when either changes."
     for service in around.services:
         if not service.addresses:
@@ -254,39 +265,65 @@ def _nft_by_cgroup(around: Surroundings) -> str:
 
 def _iptables(around: Surroundings, form: Format, match: str) -> str:
     def rule_lines() -> Iterator[str]:
-        for rule in rules(around):
-            start = f"-{rule.destination.version} -A {CHAIN}-WORKER -d {rule.destination}"
-            verdict = f'-m comment --comment "{rule.why}" -j {"RETURN" if rule.allowed else f"{CHAIN}-REFUSE"}'
-            for protocol in ("udp", "tcp") if rule.allowed else ("tcp",):
-                yield f"{start}{'' if rule.port is None else f' -p {protocol} --dport {rule.port}'} {verdict}"
-        if around.translates:
-            yield (
-                f"-A {CHAIN}-WORKER -m conntrack --ctstate DNAT"
-                f" -m comment --comment \"this machine's address, turned into a container's\" -j {CHAIN}-REFUSE"
-            )
-        for family, kind in (("", "LOCAL"), ("-4 ", "BROADCAST"), ("", "MULTICAST")):
-            yield (
-                f"{family}-A {CHAIN}-WORKER -m addrtype --dst-type {kind}"
-                f' -m comment --comment "addresses that this machine gets later" -j {CHAIN}-REFUSE'
-            )
-
-    def lines() -> Iterator[str]:
-        yield from _heading(around, form)
-        yield "# For iptables-restore --noflush and ip6tables-restore --noflush: each takes its own lines."
-        yield "*filter"
-        yield f":{CHAIN} - [0:0]"
-        yield f":{CHAIN}-WORKER - [0:0]"
-        yield f":{CHAIN}-REFUSE - [0:0]"
         yield f'-A {CHAIN} {match} -m comment --comment "workers; everybody else passes" -g {CHAIN}-WORKER'
-        yield from rule_lines()
-        yield (
-            f"-A {CHAIN}-REFUSE -p tcp"
-            ' -m comment --comment "at once, not after a timeout" -j REJECT --reject-with tcp-reset'
-        )
-        yield f"-A {CHAIN}-REFUSE -j REJECT"
-        yield "COMMIT"
+        for rule in rules(around):
+            yield from _ruled(rule, CHAIN, f"-{rule.destination.version} ")
+        if around.translates:
+            why = "this machine's address, turned into a container's"
+            yield _refused(CHAIN, "-m conntrack --ctstate DNAT", why)
+        for family, kind in (("", "LOCAL"), ("-4 ", "BROADCAST"), ("", "MULTICAST")):
+            yield family + _refused(CHAIN, f"-m addrtype --dst-type {kind}", "addresses that this machine gets later")
 
-    return "".join(f"{line}\n" for line in lines())
+    tools = "# For iptables-restore --noflush and ip6tables-restore --noflush: each takes its own lines."
+    return _tables([*_heading(around, form), tools], CHAIN, rule_lines())
+
+
+def _docker(around: Surroundings) -> str:
+    def rule_lines() -> Iterator[str]:
+        answers = "-m conntrack --ctstate ESTABLISHED --ctdir REPLY"
+        yield _commented(DOCKER_CHAIN, f"-s {around.pool} {answers}", "answers to whoever connected to it", "-j RETURN")
+        yield _commented(
+            DOCKER_CHAIN, f"-s {around.pool}", "Docker workers; everybody else passes", f"-g {DOCKER_CHAIN}-WORKER"
+        )
+        every = container_rules(around)
+        for rule in every:
+            yield from _ruled(rule, DOCKER_CHAIN)
+        own = {_one(each.address) for each in around.addresses}
+        for rule in (*(rule for rule in every if rule.destination in own and rule.port is None), _gateways(around)):
+            way = f"-m conntrack --ctstate DNAT --ctorigdst {rule.destination}"
+            yield _refused(DOCKER_CHAIN, way, f"{rule.why}, turned into a container's")
+        for kind in ("LOCAL", "BROADCAST"):
+            why = "a gateway of a worker's network, which is this machine; and addresses that it gets later"
+            yield _refused(DOCKER_CHAIN, f"-m addrtype --dst-type {kind}", why)
+
+    tools = "# For iptables-restore --noflush; to be reached from DOCKER-USER and from INPUT."
+    return _tables([*_heading(around, Format.DOCKER), tools], DOCKER_CHAIN, rule_lines())
+
+
+def _gateways(around: Surroundings) -> Rule:
+    return Rule(around.pool, None, False, "a gateway's address")
+
+
+def _tables(heading: list[str], chain: str, rule_lines: Iterator[str]) -> str:
+    reset = _commented(f"{chain}-REFUSE", "-p tcp", "at once, not after a timeout", "-j REJECT --reject-with tcp-reset")
+    chains = [f":{name} - [0:0]" for name in (chain, f"{chain}-WORKER", f"{chain}-REFUSE")]
+    lines = [*heading, "*filter", *chains, *rule_lines, reset, f"-A {chain}-REFUSE -j REJECT", "COMMIT"]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _ruled(rule: Rule, chain: str, family: str = "") -> Iterator[str]:
+    verdict = "-j RETURN" if rule.allowed else f"-j {chain}-REFUSE"
+    for protocol in ("udp", "tcp") if rule.allowed else ("tcp",):
+        port = "" if rule.port is None else f" -p {protocol} --dport {rule.port}"
+        yield family + _commented(f"{chain}-WORKER", f"-d {rule.destination}{port}", rule.why, verdict)
+
+
+def _refused(chain: str, match: str, why: str) -> str:
+    return _commented(f"{chain}-WORKER", match, why, f"-j {chain}-REFUSE")
+
+
+def _commented(chain: str, match: str, why: str, verdict: str) -> str:
+    return f'-A {chain} {match} -m comment --comment "{why}" {verdict}'
 
 
 def _iptables_by_owner(around: Surroundings) -> str:
@@ -331,4 +368,5 @@ _RENDERERS: Mapping[Format, Callable[[Surroundings], str]] = {
     Format.IPTABLES_OWNER: _iptables_by_owner,
     Format.IPTABLES_CGROUP: _iptables_by_cgroup,
     Format.SYSTEMD: _systemd,
+    Format.DOCKER: _docker,
 }

@@ -13,6 +13,8 @@ from blockyard_api.settings import Settings
 
 _WITHIN = 10.0  # seconds
 _CONNTRACK = Path("/proc/sys/net/netfilter/nf_conntrack_max")
+_RESOLVERS = Path("/etc/resolv.conf")
+_BEHIND_STUB = Path("/run/systemd/resolve/resolv.conf")
 _LISTENERS = ("the API", "the relay to the apps")
 
 
@@ -23,10 +25,12 @@ def look(settings: Settings) -> Surroundings:
         uids=(process.worker_uid_range_start, process.worker_uid_range_end),
         cgroup=_cgroup(process.cgroup_root),
         addresses=host_addresses(),
-        resolvers=nameservers(Path("/etc/resolv.conf")),
+        resolvers=nameservers(_RESOLVERS),
         listeners=_listeners(settings),
         services=tuple(Service(key, host, port, _resolved(host, port)) for key, host, port in named_services(settings)),
         translates=_CONNTRACK.exists(),
+        pool=settings.docker.network_pool,
+        container_resolvers=containers_resolvers(_RESOLVERS, _BEHIND_STUB),
     )
 
 
@@ -50,6 +54,16 @@ def nameservers(file: Path) -> tuple[Address, ...]:
     named = re.findall(r"^[ \t]*nameserver[ \t]+([0-9A-Fa-f.:]+)(?:%\S+)?[ \t]*(?:[#;].*)?$", text, re.MULTILINE)
     found = [address for address in map(_address, named) if address is not None]
     return tuple(dict.fromkeys(found)) or (ip_address("127.0.0.1"),)
+
+
+def containers_resolvers(file: Path, behind_stub: Path) -> tuple[Address, ...]:
+    """List the resolvers that an engine asks for its containers, which do not reach one at loopback.
+
+    Where systemd-resolved is the only one, those that it asks itself.
+    """
+    named = nameservers(file)
+    found = nameservers(behind_stub) if all(address.is_loopback for address in named) else named
+    return tuple(address for address in found if not address.is_loopback)
 
 
 def named_services(settings: Settings) -> list[tuple[str, str, int]]:

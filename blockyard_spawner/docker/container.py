@@ -83,6 +83,7 @@ def network(config: Mapping[str, Any], worker: str, app: str, subnet: str) -> di
         "Name": f"blockyard-{worker}",
         "CheckDuplicate": True,
         "Driver": "bridge",
+        "EnableIPv6": False,  # whatever the engine's own default: the firewall's rules for the pool are of IPv4
         "IPAM": {"Config": [{"Subnet": subnet}]},
         "Options": {"com.docker.network.bridge.enable_icc": str(sidecars).lower()},
         "Labels": labels(config, worker, app),

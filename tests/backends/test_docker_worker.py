@@ -189,6 +189,7 @@ def test_each_has_a_network_of_its_own_from_the_pool_and_reaches_no_other(docker
     assert address.startswith("10.213.32.")
     (network,) = json.loads(docker.engine.run("network", "inspect", "blockyard-worker0001").stdout)
     assert network["IPAM"]["Config"][0]["Subnet"] == "10.213.32.0/28"
+    assert network["EnableIPv6"] is False
     assert network["Options"]["com.docker.network.bridge.enable_icc"] == "false"
     assert told(docker, client, "worker0002", CONNECT.format(host=address, port=7000)) == ["try-error"]
     assert told(docker, client, "worker0003", CONNECT.format(host=address, port=7000), network="none") == ["try-error"]

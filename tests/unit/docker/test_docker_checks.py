@@ -1,9 +1,6 @@
 """The words of the start-up checks about the Docker backend."""
 
-import ipaddress
-
 from blockyard_api.checks import docker as checks
-from blockyard_api.hardening.firewall import docker_rules
 
 SOCKET = "/run/docker.sock"
 
@@ -34,9 +31,3 @@ def test_an_unknown_runtime_is_an_error_and_a_known_one_is_named():
     found = checks.judged_runtime(None, "", {"public": "kata"})
     assert (found.severity, found.remedy) == ("ok", "")
     assert "public apps in kata, others in the engine's default" in found.fact
-
-
-def test_one_static_rule_covers_every_worker_of_the_pool():
-    rules = docker_rules(ipaddress.IPv4Network("10.213.0.0/16"))
-    assert rules[0] == "iptables -I DOCKER-USER -s 10.213.0.0/16 -d 169.254.169.254/32 -j REJECT"
-    assert all("10.213.0.0/16" in rule for rule in rules)

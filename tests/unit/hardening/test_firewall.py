@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from blockyard_api.hardening.firewall import (
     NotExpressible,
     Service,
     Surroundings,
+    container_rules,
     forgotten_cgroup,
     loaded_by,
     render,
@@ -40,6 +41,8 @@ AROUND = Surroundings(
         Service("vault.address", "vault.internal", 8200, ()),
     ),
     translates=True,
+    pool=ip_network("10.213.0.0/16"),
+    container_resolvers=(ip_address("192.0.2.53"),),
 )
 HOSTILE = '1.2.3.4"; flush ruleset; #\nflush ruleset'
 
@@ -120,3 +123,26 @@ def test_the_record_of_a_cgroup_tells_rules_that_match_nobody():
     assert "restart blockyard-firewall-cgroup@iptables." in forgotten_cgroup("iptables 4711\n", 4712)
     assert "@nft" in forgotten_cgroup("", 4712)
     assert "@nft" in forgotten_cgroup("nft \n", 4712)
+
+
+def test_what_docker_workers_must_not_reach_are_destinations_by_ipv4_that_leave_their_own_network():
+    found = container_rules(AROUND)
+    assert [rule.destination.version for rule in found] == [4] * len(found)
+    assert not [rule for rule in found if rule.destination.is_loopback]
+    refused = {(str(rule.destination), rule.port) for rule in found if not rule.allowed}
+    assert {("169.254.0.0/16", None), ("10.0.0.9/32", 6379), ("192.0.2.7/32", None)} <= refused
+    assert [(str(rule.destination), rule.port) for rule in found if rule.allowed] == [("192.0.2.53/32", 53)]
+
+
+def test_the_networks_of_docker_workers_that_run_just_now_are_in_no_rule():
+    bridge = HostAddress(ip_address("10.213.4.1"), "br-0123456789ab")
+    assert render(replace(AROUND, addresses=(*AROUND.addresses, bridge)), Format.DOCKER) == render(
+        AROUND, Format.DOCKER
+    )
+
+
+def test_rules_for_docker_are_for_its_pool_alone():
+    around = replace(AROUND, pool=ip_network("10.99.0.0/20"))
+    jumps = [line for line in render(around, Format.DOCKER).splitlines() if line.startswith("-A BLOCKYARD-DOCKER ")]
+    assert len(jumps) == 2
+    assert all(line.startswith("-A BLOCKYARD-DOCKER -s 10.99.0.0/20 ") for line in jumps)

@@ -69,6 +69,22 @@ def test_without_a_file_the_resolver_is_this_machine(tmp_path):
     assert surroundings.nameservers(tmp_path / "none") == (ip_address("127.0.0.1"),)
 
 
+@pytest.mark.parametrize(
+    ("text", "behind", "expected"),
+    [
+        ("nameserver 127.0.0.53\n", "nameserver 192.0.2.1\n", ["192.0.2.1"]),
+        ("nameserver 127.0.0.1\nnameserver 192.0.2.2\n", "nameserver 192.0.2.1\n", ["192.0.2.2"]),
+        ("nameserver 127.0.0.1\n", None, []),
+    ],
+)
+def test_the_resolvers_of_containers_are_those_that_are_not_at_loopback(tmp_path, text, behind, expected):
+    file, stub = tmp_path / "resolv.conf", tmp_path / "behind"
+    file.write_text(text)
+    if behind:
+        stub.write_text(behind)
+    assert surroundings.containers_resolvers(file, stub) == tuple(map(ip_address, expected))
+
+
 def test_this_machines_addresses_are_listed_with_their_interface():
     found = surroundings.host_addresses()
     assert (ip_address("127.0.0.1"), "lo") in [(one.address, one.interface) for one in found]
@@ -92,3 +108,4 @@ def test_what_is_looked_at_is_what_is_configured():
     assert ip_address("127.0.0.1") in around.services[0].addresses
     assert around.services[1].addresses == ()  # no name, no stop
     assert around.listeners
+    assert str(around.pool) == "10.213.0.0/16"
