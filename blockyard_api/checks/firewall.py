@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from blockyard_api.checks.context import Context, Seen
+from blockyard_api.checks.context import UNUSED, Context, Seen
 from blockyard_api.checks.probe import ProbeFailed
 from blockyard_api.checks.result import Result, error, ok
 from blockyard_api.hardening.firewall import CGROUP_RECORD, forgotten_cgroup
@@ -16,6 +16,8 @@ async def firewall(_context: Context, seen: Seen) -> Result:
     recorded = await asyncio.to_thread(_read, Path(CGROUP_RECORD))
     if recorded is None:
         return ok(name, "No rules by cgroup were loaded; what workers reach all the same, worker_egress tells.")
+    if seen.worker is None:
+        return ok(name, UNUSED)
     if isinstance(seen.worker, ProbeFailed):
         return seen.worker.result(name)
     unit = accounting.subtree(seen.worker.cgroup)

@@ -1,4 +1,4 @@
-"""Which TCP ports this host listens on at its loopback addresses, read from the kernel's own table.
+"""Which TCP ports this host listens on, and at which addresses, read from the kernel's own table.
 
 Not by netlink: the table in /proc says the same, takes a millisecond instead of a program of its own (pyroute2 costs a
 quarter of a second and 24 MB), and the daemon's unit need not open another address family for it.
@@ -17,8 +17,8 @@ class ListingFailed(Exception):
     """The kernel's table cannot be read."""
 
 
-def loopback_listeners() -> list[tuple[str, int]]:
-    """Return address and port of each listener at a loopback address, in order; blocking. Raises ListingFailed."""
+def listeners() -> list[tuple[str, int]]:
+    """Return address and port of each listener, in order; blocking. Raises ListingFailed."""
     found = set()
     try:
         for table in _TABLES:
@@ -30,7 +30,7 @@ def loopback_listeners() -> list[tuple[str, int]]:
         pass
     except (OSError, ValueError, IndexError) as failure:
         raise ListingFailed(f"listening ports cannot be listed: {failure}") from failure
-    return sorted((str(address), port) for address, port in found if address.is_loopback)
+    return sorted((str(address), port) for address, port in found)
 
 
 def _place(written: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:

@@ -1,15 +1,19 @@
 """What can be reached: by this daemon, and by a worker."""
 
 import asyncio
+import contextlib
 import errno
 import socket
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from blockyard_api.checks.context import Context, Seen
-from blockyard_api.checks.probe import ProbeFailed, Target
-from blockyard_api.checks.result import Result, error, info, ok, warning
+from blockyard_api.checks import docker
+from blockyard_api.checks.context import Context, Outcome, Seen
+from blockyard_api.checks.probe import ProbeFailed, Report, Sight, Target
+from blockyard_api.checks.result import Result, error, info, ok, together, warning
 from blockyard_api.settings import Endpoint, Settings
 
 METADATA = (
@@ -21,6 +25,10 @@ _MOST_LISTENERS = 500
 _SCOPED = 6  # the version of Landlock's ABI that knows scopes for abstract sockets
 _PING = b"*1\r\n$4\r\nPING\r\n"
 _RULES = "Load the rules that 'by admin firewall' prints, or set process.network = \"none\"."
+_DOCKER_RULES = (
+    "Run 'systemctl enable --now blockyard-firewall-docker', or give Docker apps no network: "
+    "'by update APP --network none'."
+)
 # What connect(2) says when it is this daemon's unit that forbids connections, rather than the network.
 _FORBIDDEN_HERE = (errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES)
 
@@ -60,9 +68,51 @@ def targets(context: Context, listeners: Iterable[tuple[str, int]], abstract: st
     named.append(Target("the spawner", Endpoint(path=context.settings.process.spawner_socket)))
     named.append(Target("an abstract socket", Endpoint(), abstract=abstract))
     resolvers = _resolvers()
-    others = [Target("a listener", Endpoint(*each)) for each in listeners if each not in resolvers]
+    at_loopback = [each for each in listeners if ip_address(each[0]).is_loopback]
+    others = [Target("a listener", Endpoint(*each)) for each in at_loopback if each not in resolvers]
     once = {(target.at, target.abstract): target for target in (*reversed(others[:_MOST_LISTENERS]), *reversed(named))}
     return [*reversed(once.values())], max(0, len(others) - _MOST_LISTENERS)
+
+
+def container_targets(context: Context, listeners: Iterable[tuple[str, int]], abstract: str) -> list[Target]:
+    """Return what a Docker worker is to try; what listens at every address of this host is at its gateway.
+
+    So are services at loopback, which its own hides: they may listen elsewhere too.
+    """
+    settings = context.settings
+    named = [*METADATA, *(_outside(target) for target in services(settings))]
+    for words, (host, port) in zip(("the API", "the relay"), context.listening, strict=False):
+        named.append(_outside(Target(words, Endpoint(host, port))))
+    for words, path in (
+        ("the spawner", settings.process.spawner_socket),
+        ("the Docker spawner", settings.docker.spawner_socket),
+        ("the container engine", settings.docker.socket),
+    ):
+        named.append(Target(words, Endpoint(path=path)))
+    named.append(Target("an abstract socket", Endpoint(), abstract=abstract))
+    resolvers = _resolvers()
+    kept = [each for each in listeners if each not in resolvers and _is_one_address_of_this_host(each[0])]
+    once = {(target.at, target.gateway, target.abstract): target for target in reversed(named)}
+    known = {target.at for target in named}
+    others = [Target("a listener", Endpoint(*each)) for each in kept[:_MOST_LISTENERS] if Endpoint(*each) not in known]
+    return [*reversed(once.values()), *others]
+
+
+def _outside(target: Target) -> Target:
+    """Return the same target as it may be reached from outside of this host."""
+    host = target.at.host
+    with contextlib.suppress(ValueError):
+        found = ip_address(host)
+        host = "localhost" if found.is_loopback or found.is_unspecified else host
+    if host != "localhost":
+        return target
+    return replace(target, at=replace(target.at, host=""), gateway=True)
+
+
+def _is_one_address_of_this_host(address: str) -> bool:
+    """Tell a listener that a container might reach, but not the whole world, which is no secret of this host's."""
+    found = ip_address(address)
+    return found.version == 4 and not found.is_loopback and not found.is_unspecified
 
 
 def _reachable_at(host: str) -> str:
@@ -92,7 +142,7 @@ async def cloud_metadata(context: Context, seen: Seen) -> Result:
     if isinstance(seen.on_host, ProbeFailed):
         if not reached:
             return seen.on_host.result(name)
-    else:
+    elif seen.on_host is not None:
         reached += [str(target) for target in METADATA if seen.on_host.sights[target].reached]
     if reached:
         return error(
@@ -102,6 +152,8 @@ async def cloud_metadata(context: Context, seen: Seen) -> Result:
             "'worker_egress' tells, set process.skip_metadata_check = true.",
         )
     own = "this daemon may open no connection at all" if None in here else "this daemon did not either"
+    if seen.on_host is None:
+        return ok(name, f"No app has the host's network, and {own}.")
     return ok(name, f"A process on the host's network did not reach the metadata addresses, and {own}.")
 
 
@@ -157,30 +209,39 @@ async def _connect_first(places: Sequence[_Place]) -> socket.socket:
 
 async def worker_egress(context: Context, seen: Seen) -> Result:
     """Say which of the things that are none of a worker's business it can reach."""
-    name = "worker_egress"
-    if isinstance(seen.worker, ProbeFailed):
-        return seen.worker.result(name)
-    sights = {target: sight for target, sight in seen.worker.sights.items() if not target.abstract}
+    name, found = "worker_egress", []
+    if seen.worker is not None:
+        who = f"A worker (network {context.settings.process.network})"
+        found.append(_egress(name, who, seen.worker, seen, _RULES))
+    if isinstance(seen.docker, ProbeFailed):
+        found.append(seen.docker.result(name, docker.ADVICE))
+    elif seen.docker is not None:
+        found.append(_egress(name, "A Docker worker", seen.docker, seen, _DOCKER_RULES))
+    return together(name, found)
+
+
+def _egress(name: str, who: str, outcome: Outcome, seen: Seen, rules: str) -> Result:
+    if isinstance(outcome, ProbeFailed):
+        return outcome.result(name)
+    sights = {target: sight for target, sight in outcome.sights.items() if not target.abstract}
     reached = [target for target, sight in sights.items() if sight.reached]
     words = _list([str(target) for target in reached])
     if any(target in METADATA for target in reached):
-        return error(name, f"A worker can read this machine's credentials; it reaches {words}.", _RULES)
+        return error(name, f"{who} can read this machine's credentials; it reaches {words}.", rules)
     if seen.unlisted:
         remedy = "See why; until then nobody knows what a worker reaches at loopback."
         return error(name, f"Not all was tried: {seen.unlisted}.", remedy)
     if reached or seen.left_out:
         also = f" Not tried: {seen.left_out} further listening ports." if seen.left_out else ""
-        return warning(name, f"A worker reaches {words or 'nothing of what was tried'}.{also}", _RULES)
-    network = context.settings.process.network
-    return ok(name, f"A worker (network {network}) reached none of {len(sights)} addresses: {_reasons(seen)}.")
+        return warning(name, f"{who} reaches {words or 'nothing of what was tried'}.{also}", rules)
+    return ok(name, f"{who} reached none of {len(sights)} addresses: {_reasons(outcome)}.")
 
 
-def _reasons(seen: Seen) -> str:
+def _reasons(report: Report) -> str:
     counts: dict[str, int] = {}
-    if not isinstance(seen.worker, ProbeFailed):
-        for target, sight in seen.worker.sights.items():
-            if not target.abstract:
-                counts[sight.failure] = counts.get(sight.failure, 0) + 1
+    for target, sight in report.sights.items():
+        if not target.abstract:
+            counts[sight.failure] = counts.get(sight.failure, 0) + 1
     return ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()))
 
 
@@ -202,9 +263,10 @@ async def redis_auth(context: Context, seen: Seen) -> Result:
     except _NotReached as failure:
         return warning(name, f"{target} does not answer: {failure}.", "Start it, or correct redis.url.")
     except _NotAllowed:
-        if isinstance(seen.on_host, ProbeFailed):
-            return seen.on_host.result(name)
-        sight = seen.on_host.sights[target]
+        asked = seen.on_host or seen.docker
+        if isinstance(asked, ProbeFailed):
+            return asked.result(name)
+        sight = _sight_of_redis(asked)
         if not sight.reached:
             return warning(
                 name,
@@ -214,6 +276,12 @@ async def redis_auth(context: Context, seen: Seen) -> Result:
             )
         answer = sight.answer
     return _judged(name, target, answer)
+
+
+def _sight_of_redis(report: Report | None) -> Sight:
+    """Return what became of the question; a Docker worker has another address for the same Redis."""
+    found = next((sight for target, sight in report.sights.items() if target.ping), None) if report else None
+    return found or Sight(reached=False, failure="no probe", answer="")
 
 
 def _judged(name: str, target: Target, answer: str) -> Result:
@@ -246,17 +314,25 @@ async def _ping(at: Endpoint) -> str:
 
 async def abstract_sockets(context: Context, seen: Seen) -> Result:
     """Say whether a worker reaches abstract Unix sockets, which belong to the network and not to any directory."""
-    name = "abstract_sockets"
-    if isinstance(seen.worker, ProbeFailed):
-        return seen.worker.result(name)
-    report = seen.worker
-    sight = next(sight for target, sight in report.sights.items() if target.abstract)
+    name, found = "abstract_sockets", []
+    if seen.worker is not None:
+        found.append(_abstract(name, f"A worker (network {context.settings.process.network})", seen.worker))
+    if isinstance(seen.docker, ProbeFailed):
+        found.append(seen.docker.result(name, docker.ADVICE))
+    elif seen.docker is not None:
+        found.append(_abstract(name, "A Docker worker", seen.docker))
+    return together(name, found)
+
+
+def _abstract(name: str, who: str, outcome: Outcome) -> Result:
+    if isinstance(outcome, ProbeFailed):
+        return outcome.result(name)
+    sight = outcome.abstract
     if not sight.reached:
-        network = context.settings.process.network
-        return ok(name, f"A worker (network {network}) does not reach abstract sockets of others: {sight.failure}.")
+        return ok(name, f"{who} does not reach abstract sockets of others: {sight.failure}.")
     fact = "A worker on the host's network reaches abstract Unix sockets of the host and of other workers"
     remedy = "Set process.network = \"none\", or per app: 'by update APP --network none'."
-    if report.landlock >= _SCOPED:
+    if outcome.landlock >= _SCOPED:
         return warning(name, f"{fact}, although this kernel could keep it from them.", f"{remedy}")
-    has = f"version {report.landlock} of {_SCOPED}" if report.landlock else "none"
+    has = f"version {outcome.landlock} of {_SCOPED}" if outcome.landlock else "none"
     return warning(name, f"{fact}: only Landlock from Linux 6.12 on can close them; here: {has}.", remedy)

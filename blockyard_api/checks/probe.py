@@ -27,6 +27,11 @@ _WITHIN = 6.0  # seconds from the request to the last line
 _END_WITHIN = 2.0  # seconds
 _MOST_OUTPUT = 1 << 20  # bytes
 _PART = 4000  # characters of one environment variable; the protocol takes 4096
+_ADVICE = "See what 'user_namespaces' and 'spawner_link' say, and the journal of blockyard-spawner."
+_USED_UP = {  # by the refusal: what to widen
+    "uid_pool_exhausted": "process.worker_uid_range",
+    "network_pool_exhausted": "docker.network_pool",
+}
 _PARTS = 12  # all together must fit one packet of the protocol
 
 
@@ -38,16 +43,21 @@ class Target:
     at: Endpoint
     abstract: str = ""  # an abstract Unix socket's name, without the leading NUL
     ping: bool = False  # a Redis that is to be asked something
+    gateway: bool = False  # at the host's end of a container's network, on the endpoint's port
 
     def wire(self) -> dict[str, object]:
         """Describe it to the probe."""
         if self.abstract:
             return {"abstract": self.abstract}
-        where = {key: value for key, value in asdict(self.at).items() if value}
+        if self.gateway:
+            where: dict[str, object] = {"gateway": True, "port": self.at.port}
+        else:
+            where = {key: value for key, value in asdict(self.at).items() if value}
         return where | ({"ping": True} if self.ping else {})
 
     def __str__(self) -> str:
-        where = f"@{self.abstract}" if self.abstract else self.at.path or f"{self.at.host} port {self.at.port}"
+        host = "this host" if self.gateway else self.at.host
+        where = f"@{self.abstract}" if self.abstract else self.at.path or f"{host} port {self.at.port}"
         return f"{self.words} ({where})"
 
 
@@ -69,10 +79,17 @@ class Report:
     peer: Peer  # the kernel's word, seen from the host
     inner_uid: int
     inner_gid: int
+    inner_pid: int
     filtered: bool  # whether system calls are filtered at all
     keyring: str  # the error's name when it asked for a keyring, which our own filter denies; "" if it was allowed
     landlock: int  # the ABI's version; 0: the kernel has none
+    controllers: tuple[str, ...]  # the spawner's word: what it can limit
     sights: dict[Target, Sight] = field(default_factory=dict)
+
+    @property
+    def abstract(self) -> Sight:
+        """What became of the abstract socket."""
+        return next(sight for target, sight in self.sights.items() if target.abstract)
 
 
 class ProbeFailed(Exception):
@@ -85,18 +102,15 @@ class ProbeFailed(Exception):
         self.words = words
         self.passing = passing
 
-    def result(self, name: str) -> Result:
+    def result(self, name: str, advice: str = _ADVICE) -> Result:
         """Return what a check says that needed the report: an error, for what was not seen is not safe.
 
-        Only a pool whose uids are all taken is no reason to stay away: so many workers live, and their visitors wait.
+        Only a pool that is all taken is no reason to stay away: so many workers live, and their visitors wait.
         """
-        remedy = "See what 'user_namespaces' and 'spawner_link' say, and the journal of blockyard-spawner."
-        if self.code == "uid_pool_exhausted":
-            remedy = "Widen process.worker_uid_range, then run 'by admin check'."
-            return Result(name, Severity.WARNING, f"Not seen, since the probe did not run: {self.message}", remedy)
-        return Result(
-            name, Severity.ERROR, f"Not seen, since the probe did not run: {self.message}", remedy, self.passing
-        )
+        fact = f"Not seen, since the probe did not run: {self.message}"
+        if key := _USED_UP.get(self.code):
+            return Result(name, Severity.WARNING, fact, f"Widen {key}, then run 'by admin check'.")
+        return Result(name, Severity.ERROR, fact, advice, self.passing)
 
 
 class Prober:
@@ -107,7 +121,7 @@ class Prober:
         self._runtime_dir = runtime_dir
         self.running: set[str] = set()
 
-    async def probe(self, targets: Sequence[Target], network: str) -> Report:
+    async def probe(self, targets: Sequence[Target], network: str | None) -> Report:
         """Run one and return its report; when this returns, or raises, nothing of it is left. Raises ProbeFailed."""
         worker_id = _PREFIX + secrets.token_hex(12)
         nonce = secrets.token_hex(16)
@@ -129,6 +143,7 @@ class Prober:
             await asyncio.shield(self._end(worker_id))
 
     async def _run(self, request: protocol.Spawn, nonce: str, targets: Sequence[Target], output: "_Output") -> Report:
+        identity = await self._spawner.hello()
         try:
             spawned = await self._spawner.spawn(request, output.writing)
         finally:
@@ -147,9 +162,11 @@ class Prober:
             peer=seen,
             inner_uid=int(began["uid"]),
             inner_gid=int(began["gid"]),
+            inner_pid=int(began["pid"]),
             filtered=int(began["seccomp"]) == 2,
             keyring=str(began["keyring"]),
             landlock=int(began["landlock"]),
+            controllers=identity.controllers,
             sights=sights,
         )
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from blockyard_api.checks.context import Context, Outcome, Seen
+from blockyard_api.checks.context import UNUSED, Context, Outcome, Seen
 from blockyard_api.checks.probe import ProbeFailed, Report
 from blockyard_api.checks.result import Result, info, ok, warning
 from blockyard_api.host import accounting, units
@@ -21,6 +21,8 @@ _MODULE = "xt_cgroup"
 async def uid_range(context: Context) -> Result:
     """Compare the workers' uids with everybody else's."""
     name, process = "uid_range", context.settings.process
+    if not context.uses("process"):
+        return ok(name, UNUSED)
     pool = range(process.worker_uid_range_start, process.worker_uid_range_end + 1)
     problems = await asyncio.to_thread(lambda: [*_overlaps(pool)])
     most = context.settings.proxy.max_workers
@@ -66,6 +68,8 @@ def _meet(one: range, other: range) -> bool:
 async def cgroup_delegation(context: Context, seen: Seen) -> Result:
     """Say which controllers limit workers, and the path that a firewall can match."""
     name = "cgroup_delegation"
+    if seen.worker is None:
+        return ok(name, UNUSED)
     identity = await context.spawner.hello()
     missing = [controller for controller in _CONTROLLERS if controller not in identity.controllers]
     if accounting.cgroup2_mount() is None:
@@ -120,12 +124,16 @@ def _has_module() -> bool:
 async def resource_limits(context: Context) -> Result:
     """Look for limits that nothing enforces."""
     name = "resource_limits"
-    enforced = (await context.spawner.hello()).controllers
+    spawners = {"process": context.spawner, "docker": context.docker}
+    used = [spawner for backend, spawner in spawners.items() if context.uses(backend)]
+    enforced = set.intersection(*[{*(await spawner.hello()).controllers} for spawner in used])
     configured = [*_limits(context)]
     toothless = [f"{key} ({controller})" for key, controller in configured if controller not in enforced]
     if toothless:
         more = f" and {len(toothless) - 6} more" if len(toothless) > 6 else ""
         remedy = f"Delegate the controllers to {units.WORKERS}; 'cgroup_delegation' says what is missing."
+        if not context.uses("process"):
+            remedy = "Give the engine the controllers; 'docker info' says what is missing."
         return warning(name, f"Configured, but not enforced: {', '.join(toothless[:6])}{more}.", remedy)
     return ok(name, f"All {len(configured)} configured limits are enforced.")
 

@@ -1,5 +1,6 @@
 """What a check found."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -46,6 +47,18 @@ def warning(name: str, fact: str, remedy: str) -> Result:
 def error(name: str, fact: str, remedy: str, *, passing: bool = False) -> Result:
     """Nothing may be served like this."""
     return Result(name, Severity.ERROR, fact, remedy, passing)
+
+
+def together(name: str, results: Sequence[Result]) -> Result:
+    """Make one result of what was found of several kinds of workers, at least one."""
+    errors = [result for result in results if result.severity is Severity.ERROR]
+    return Result(
+        name,
+        worst(tuple(results)),
+        " ".join(result.fact for result in results),
+        " ".join(dict.fromkeys(result.remedy for result in results if result.remedy)),
+        bool(errors) and all(result.passing for result in errors),
+    )
 
 
 def worst(results: tuple[Result, ...]) -> Severity:

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from blockyard_api.backends.spawner import SpawnerUnreachable
-from blockyard_api.checks import docker, files, firewall, network, resources, sandbox
+from blockyard_api.checks import docker, files, firewall, isolation, network, resources, sandbox
 from blockyard_api.checks.context import Context, Outcome, Seen
 from blockyard_api.checks.journal import tell
-from blockyard_api.checks.listeners import ListingFailed, loopback_listeners
+from blockyard_api.checks.listeners import ListingFailed, listeners
 from blockyard_api.checks.probe import ProbeFailed, Prober, Target
 from blockyard_api.checks.result import Result, Severity, error, worst
 from blockyard_api.errors import BlockyardError, Conflict
@@ -60,6 +60,7 @@ class Run:
     began_at: float  # epoch
     seconds: float
     results: tuple[Result, ...]
+    isolation: str  # one line that sums up what apps are isolated by, and by what not
 
     @property
     def severity(self) -> Severity:
@@ -78,13 +79,14 @@ class Checks:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._prober = Prober(context.spawner, context.settings.process.runtime_dir)
+        self._docker_prober = Prober(context.docker, context.settings.docker.runtime_dir)
         self._running = False
         self.latest: Run | None = None
 
     @property
     def probing(self) -> set[str]:
         """The ids of workers that are probes, as long as they live."""
-        return self._prober.running
+        return self._prober.running | self._docker_prober.running
 
     async def run(self) -> Run:
         """Run all checks, at most 10 s, and write each result to the journal.
@@ -96,29 +98,40 @@ class Checks:
         self._running = True
         began_at, began = time.time(), time.monotonic()
         try:
-            results = await self._all()
+            results, seen = await self._all()
         finally:
             self._running = False
-        self.latest = Run(began_at, time.monotonic() - began, results)
+        self.latest = Run(began_at, time.monotonic() - began, results, self._isolation(results, seen))
         await asyncio.to_thread(tell, results)
         return self.latest
 
-    async def _all(self) -> tuple[Result, ...]:
+    def _isolation(self, results: tuple[Result, ...], seen: Seen | None) -> str:
+        if seen is None:
+            return "What apps are isolated by is not known: no probe came to its end."
+        process = self._context.settings.process
+        pool = range(process.worker_uid_range_start, process.worker_uid_range_end + 1)
+        (socket_found,) = (result for result in results if result.name == docker.docker_socket.__name__)
+        return isolation.in_one_line(seen.worker, seen.docker, pool, socket_found)
+
+    async def _all(self) -> tuple[tuple[Result, ...], Seen | None]:
         loop = asyncio.get_running_loop()
         until = loop.time() + _ALL_WITHIN
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_SPAWNER_WITHIN):
-                await self._reach_spawner()
+        if self._context.uses("process"):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SPAWNER_WITHIN):
+                    await self._reach_spawner()
         seeing = loop.create_task(self._see())
         waiting = [loop.create_task(self._bounded(check.__name__, check(self._context))) for check in CHECKS]
         waiting += [loop.create_task(self._probed(check, seeing)) for check in PROBED_CHECKS]
         try:
             await asyncio.wait(waiting, timeout=until - loop.time())
             names = [check.__name__ for check in (*CHECKS, *PROBED_CHECKS)]
-            return tuple(
+            results = tuple(
                 task.result() if task.done() else _late(name, _ALL_WITHIN)
                 for name, task in zip(names, waiting, strict=True)
             )
+            complete = seeing.done() and seeing.exception() is None
+            return results, seeing.result() if complete else None
         finally:
             for task in (seeing, *waiting):
                 task.cancel()
@@ -158,31 +171,46 @@ class Checks:
             return _crashed(name, failure)
 
     async def _see(self) -> Seen:
-        """Let a worker try everything, and where workers have no network, another one that has the host's."""
+        """Let a worker of each backend in use try everything.
+
+        Where workers of the process backend have no network, let another one do it too that has the host's.
+        """
         abstract = f"blockyard-check-{secrets.token_hex(16)}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
             listener.bind(f"\0{abstract}")
             listener.listen()
-            unlisted, listeners = "", list[tuple[str, int]]()
+            unlisted, listening = "", list[tuple[str, int]]()
             try:
-                listeners = await asyncio.to_thread(loopback_listeners)
+                listening = await asyncio.to_thread(listeners)
             except ListingFailed as failure:
                 unlisted = str(failure)
-            targets, left_out = network.targets(self._context, listeners, abstract)
-            configured = self._context.settings.process.network
-            worker, on_host = await self._outcomes(targets, configured)
-        return Seen(worker, on_host, unlisted, left_out)
+            targets, left_out = network.targets(self._context, listening, abstract)
+            of_containers = network.container_targets(self._context, listening, abstract)
+            (worker, on_host), docker_worker = await asyncio.gather(
+                self._outcomes(targets), self._outcome_in_docker(of_containers)
+            )
+        return Seen(worker, on_host, docker_worker, unlisted, left_out)
 
-    async def _outcomes(self, targets: list[Target], configured: str) -> tuple[Outcome, Outcome]:
+    async def _outcomes(self, targets: list[Target]) -> tuple[Outcome | None, Outcome | None]:
+        if not self._context.uses("process"):
+            return None, None
+        configured = self._context.settings.process.network
         if configured == "host":
-            outcome = await self._outcome(targets, "host")
+            outcome = await self._outcome(self._prober, targets, "host")
             return outcome, outcome
-        worker, on_host = await asyncio.gather(self._outcome(targets, configured), self._outcome(targets, "host"))
+        worker, on_host = await asyncio.gather(
+            self._outcome(self._prober, targets, configured), self._outcome(self._prober, targets, "host")
+        )
         return worker, on_host
 
-    async def _outcome(self, targets: list[Target], on: str) -> Outcome:
+    async def _outcome_in_docker(self, targets: list[Target]) -> Outcome | None:
+        if not self._context.uses("docker"):
+            return None
+        return await self._outcome(self._docker_prober, targets, None)
+
+    async def _outcome(self, prober: Prober, targets: list[Target], on: str | None) -> Outcome:
         try:
-            return await self._prober.probe(targets, on)
+            return await prober.probe(targets, on)
         except ProbeFailed as failure:
             return failure
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from blockyard_api.backends.peer import PeerUnknown, peer
 from blockyard_api.backends.spawner import SpawnerRefused, SpawnerUnreachable
-from blockyard_api.checks.context import Context, Outcome, Seen
+from blockyard_api.checks import docker
+from blockyard_api.checks.context import UNUSED, Context, Outcome, Seen
 from blockyard_api.checks.probe import ProbeFailed
-from blockyard_api.checks.result import Result, error, info, ok, warning
+from blockyard_api.checks.result import Result, error, info, ok, together, warning
 
 _FILTERED = ("SECCOMP", "seccomp")
 _INSTRUCTION = 8  # bytes: struct sock_filter
@@ -20,6 +21,8 @@ _MOST_INSTRUCTIONS = 4096  # BPF_MAXINSNS
 async def spawner_link(context: Context) -> Result:
     """Connect to the spawner, compare versions, and look at both ends' credentials."""
     name = "spawner_link"
+    if not context.uses("process"):
+        return ok(name, UNUSED)
     path = Path(context.settings.process.spawner_socket)
     at_socket = (str(path.parent), path.name, socket.SOCK_SEQPACKET)
     try:
@@ -52,6 +55,8 @@ async def spawner_link(context: Context) -> Result:
 async def bwrap_available(context: Context) -> Result:
     """Run bubblewrap's --version; refuse one with rights of its own. Whether it makes a sandbox, the probe shows."""
     name, path = "bwrap_available", Path(context.settings.process.bwrap_path)
+    if not context.uses("process"):
+        return ok(name, UNUSED)
     try:
         if await asyncio.to_thread(_privileged, path):
             return error(
@@ -91,6 +96,8 @@ async def _output(*argv: str) -> str:
 async def user_namespaces(context: Context, seen: Seen) -> Result:
     """Judge by a real sandbox under a worker's uid; where there was none, say what forbade it."""
     name = "user_namespaces"
+    if seen.worker is None:
+        return ok(name, UNUSED)
     if not isinstance(seen.worker, ProbeFailed):
         return ok(name, f"A sandbox was made and left again under uid {seen.worker.uid}.")
     failure = seen.worker
@@ -165,6 +172,8 @@ async def bwrap_host_uid_mapping(context: Context, seen: Seen) -> Result:
     probe listens on is the kernel's word just as well.
     """
     name, process = "bwrap_host_uid_mapping", context.settings.process
+    if seen.worker is None:
+        return ok(name, UNUSED)
     identity = await context.spawner.hello()
     if identity.unprivileged:
         return info(
@@ -187,8 +196,25 @@ async def bwrap_host_uid_mapping(context: Context, seen: Seen) -> Result:
 
 
 async def seccomp_profile(context: Context, seen: Seen) -> Result:
-    """Look at the filter's file, and whether a worker runs under it."""
-    name, path = "seccomp_profile", context.settings.process.seccomp_profile
+    """Look at the filter's file, and whether a worker runs under it; a Docker worker runs under the engine's."""
+    name = "seccomp_profile"
+    found = (
+        [] if seen.worker is None else [await _own_filter(name, context.settings.process.seccomp_profile, seen.worker)]
+    )
+    found += [] if seen.docker is None else [_engines_filter(name, seen.docker)]
+    return together(name, found)
+
+
+def _engines_filter(name: str, worker: Outcome) -> Result:
+    if isinstance(worker, ProbeFailed):
+        return worker.result(name, docker.ADVICE)
+    if not worker.filtered:
+        remedy = 'Take the seccomp-profile that is "unconfined" out of the engine\'s daemon.json, then restart it.'
+        return warning(name, "A Docker worker may make any system call: the engine's filter is off.", remedy)
+    return ok(name, "A Docker worker runs under the engine's filter.")
+
+
+async def _own_filter(name: str, path: str, worker: Outcome) -> Result:
     if not path:
         remedy = "Set process.seccomp_profile, then restart both daemons."
         return warning(name, "Workers may make any system call: process.seccomp_profile is empty.", remedy)
@@ -199,7 +225,7 @@ async def seccomp_profile(context: Context, seen: Seen) -> Result:
         return error(name, f"{path} cannot be read: {failure.strerror}.", install)
     if size == 0 or size % _INSTRUCTION or size > _MOST_INSTRUCTIONS * _INSTRUCTION:
         return error(name, f"{path} is no filter: it has {size} bytes, and an instruction has {_INSTRUCTION}.", install)
-    return _in_force(name, path, size // _INSTRUCTION, seen.worker, install)
+    return _in_force(name, path, size // _INSTRUCTION, worker, install)
 
 
 def _in_force(name: str, path: str, instructions: int, worker: Outcome, install: str) -> Result:

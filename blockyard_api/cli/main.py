@@ -476,7 +476,7 @@ def revoke_token(
 
 @admin_app.command()
 def check(context: typer.Context) -> None:
-    """Run the start-up checks on the server and show what they found.
+    """Run the start-up checks on the server and show what they found, and in a last line what apps are isolated by.
 
     Exit status 1 if one of them is an error: the server would not start like this.
     """
@@ -486,6 +486,8 @@ def check(context: typer.Context) -> None:
     headings = ("check", "severity", "fact", "remedy")
     rows = [[one[key] for key in ("name", "severity", "fact", "remedy")] for one in run["checks"]]
     invocation.output.table(run, headings, rows, empty="The server made no checks.")
+    if not invocation.output.as_json and (isolation := run.get("isolation")):  # an older server tells none
+        invocation.output.result(run, isolation)
     if run["severity"] == "error":
         raise Failure("check_failed", "The server would not start like this; see the checks that are errors.")
 

@@ -268,3 +268,4 @@ class CheckRun(BaseModel):
     began_at: str
     seconds: float
     checks: list[CheckBody]
+    isolation: str = Field(description="One line that sums up what apps are isolated by here, and by what not")

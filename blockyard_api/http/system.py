@@ -103,6 +103,7 @@ def _check_run(run: Run) -> CheckRun:
             CheckBody(name=one.name, severity=one.severity.value, fact=one.fact, remedy=one.remedy)
             for one in run.results
         ],
+        isolation=run.isolation,
     )
 
 

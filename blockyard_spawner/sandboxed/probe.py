@@ -1,8 +1,9 @@
 """What a worker can reach, seen from inside its sandbox: one JSON object a line on standard output.
 
     BLOCKYARD_PROBE_NONCE      repeated in the first line and in the last: who reads both knows that all of it ran
-    BLOCKYARD_PROBE_TARGETS_n  the parts of a JSON list, n from 0 on, of {"host", "port"}, {"path"} or {"abstract"},
-                               and "ping": true for a Redis to be asked something
+    BLOCKYARD_PROBE_TARGETS_n  the parts of a JSON list, n from 0 on, of {"host", "port"}, {"path"}, {"abstract"}, or
+                               {"gateway": true, "port"}, which is the host as a container on a bridge sees it; and
+                               "ping": true for a Redis to be asked something
 
 It listens on the worker's socket, so that the kernel can tell the API who this is. Nothing is sent to any target but
 that one question.
@@ -18,6 +19,7 @@ import pathlib
 import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -66,8 +68,18 @@ def addresses(target: Target) -> list[Address]:
         return [(socket.AF_UNIX, target["path"])]
     if "abstract" in target:
         return [(socket.AF_UNIX, "\0" + target["abstract"])]
-    found = socket.getaddrinfo(target["host"], target["port"], type=socket.SOCK_STREAM)
+    host = gateway() if "gateway" in target else target["host"]
+    found = socket.getaddrinfo(host, target["port"], type=socket.SOCK_STREAM)
     return [(family, address) for family, _, _, _, address in found]
+
+
+def gateway() -> str:
+    """Return the address of the default gateway by IPv4. Raises OSError where there is none."""
+    for line in pathlib.Path("/proc/self/net/route").read_text().splitlines()[1:]:
+        _, destination, via, *_ = line.split()
+        if int(destination, 16) == 0 and int(via, 16):
+            return socket.inet_ntoa(struct.pack("=I", int(via, 16)))
+    raise OSError(errno.ENETUNREACH, "no gateway")
 
 
 def is_name(target: Target) -> bool:
@@ -193,6 +205,7 @@ def main() -> None:
             began=nonce,
             uid=os.getuid(),
             gid=os.getgid(),
+            pid=os.getpid(),
             seccomp=int(known.get("Seccomp", "0")),
             landlock=max(0, version),
             keyring=system_call(keyring, 0, SESSION_KEYRING, 0)[1] if keyring else "unknown",

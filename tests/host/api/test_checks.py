@@ -841,9 +841,13 @@ def test_the_command_line_shows_a_table_and_succeeds_where_there_is_no_error(che
     assert done.returncode == 0, done.stderr
     assert re.search(r"^spawner_link +ok +The spawner answers", done.stdout, re.MULTILINE)
     assert re.search(r"^uid_range +warning +.* Choose process.worker_uid_range_start", done.stdout, re.MULTILINE)
+    summary = done.stdout.splitlines()[-1]
+    assert summary.startswith("Apps in bubblewrap: isolated by uid, processes, files, system calls, ")
+    assert "not isolated by " in summary  # this network's controllers are withheld, and it is the host's
     assert usual.token not in done.stdout + done.stderr
     told = json.loads(by(usual, tmp_path, "admin", "check", "--json").stdout)
     assert told["severity"] == "warning"
+    assert told["isolation"] == summary
     assert told["seconds"] <= 10
 
 
