@@ -26,7 +26,7 @@ from blockyard_spawner import protocol
 TITLE = "The whole pair, examples/hello"
 
 _PLAIN = "shiny::runApp({app!r}, port = structure({path!r}, mask = strtoi('0117', 8)), launch.browser = FALSE)"
-_REQUEST = "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+REQUEST = "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
 
 
 def run(options: Options) -> list[Row]:
@@ -46,7 +46,7 @@ def cold_start(rounds: int) -> list[Row]:
         plain, ours = [], []
         for _ in range(rounds):
             plain.append(_plain_start())
-            ours.append(_our_start(pair))
+            ours.append(our_start(pair))
             pair.http.post("/api/v1/apps/hello/disable")
             wait_for(lambda: not pair.workers("hello"), what="the worker's end")
             pair.http.post("/api/v1/apps/hello/enable")
@@ -64,8 +64,8 @@ def _plain_start() -> float:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    with contextlib.closing(_connected(path)) as sock:
-        sock.sendall(_REQUEST.format(path="/", host="localhost").encode())
+    with contextlib.closing(connected(path)) as sock:
+        sock.sendall(REQUEST.format(path="/", host="localhost").encode())
         sock.recv(1)
         took = time.perf_counter() - began
     process.kill()
@@ -74,7 +74,8 @@ def _plain_start() -> float:
     return took
 
 
-def _connected(path: str) -> socket.socket:
+def connected(path: str) -> socket.socket:
+    """Connect to a Unix socket as soon as somebody listens."""
     while True:
         sock = socket.socket(socket.AF_UNIX)
         try:
@@ -86,12 +87,13 @@ def _connected(path: str) -> socket.socket:
             return sock
 
 
-def _our_start(pair: Pair) -> float:
+def our_start(pair: Pair) -> float:
+    """Return the seconds to the first byte of the app that no worker runs yet."""
     host = pair.relay_origin.removeprefix("http://")
     address, _, port = host.partition(":")
     began = time.perf_counter()
     with socket.create_connection((address, int(port))) as sock:
-        sock.sendall(_REQUEST.format(path="/app/hello/", host=host).encode())
+        sock.sendall(REQUEST.format(path="/app/hello/", host=host).encode())
         answer = sock.recv(100)
         took = time.perf_counter() - began
     if b" 200 " not in answer:

@@ -1,0 +1,89 @@
+"""Part: the Docker backend: cold start beside `docker run` of the same image and app, and beside the process backend.
+
+The engine is the tests' own (`tests/backends/running_engine.py`), with the worker image that scripts/build-worker-image
+makes.
+"""
+
+import contextlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "backends"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "host"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "host" / "api"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _measure import Options, Row
+from docker_helper import engine_group
+from docker_pair import DockerPair
+from running_engine import IMAGE, Dockerd
+from running_pair import HELLO, wait_for
+from whole_pair import REQUEST, connected, hello_files, our_start
+
+_BRIDGE = "plain"
+TITLE = "The Docker backend, examples/hello"
+_PLAIN = (
+    "shiny::runApp('/app', port = structure('/run/worker/app.sock', mask = strtoi('0111', 8)), launch.browser = FALSE)"
+)
+
+
+def run(options: Options) -> list[Row]:
+    """Measure all of it."""
+    times: dict[str, list[float]] = {"run": [], "docker": [], "process": []}
+    with Dockerd(engine_group()) as engine, DockerPair("bench", engine) as pair:
+        engine.run(
+            "network", "create", "--subnet", "10.213.99.0/28", _BRIDGE
+        )  # as docker0 is there, which the tests lack
+        pair.deploy("hello", hello_files())
+        for _ in range(options.rounds):
+            times["run"].append(_plain_run(engine))
+            for backend in ("docker", "process"):
+                pair.http.patch("/api/v1/apps/hello", json={"backend": backend})
+                times[backend].append(our_start(pair))
+                pair.http.post("/api/v1/apps/hello/disable")
+                wait_for(lambda: not pair.workers("hello") and not pair.docker_leftovers(), what="the worker's end")
+                pair.http.post("/api/v1/apps/hello/enable")
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    return [
+        _ratio("cold start, Docker worker ÷ docker run, first byte", medians, "docker", "run", "≤ 1.10"),
+        _ratio("cold start, process ÷ Docker, first byte", medians, "process", "docker", "≤ 0.70"),
+    ]
+
+
+def _ratio(what: str, medians: dict[str, float], one: str, other: str, reach: str) -> Row:
+    mine, theirs = medians[one], medians[other]
+    return Row(what, f"{mine / theirs:.2f}  ({mine * 1000:.0f} ms, {theirs * 1000:.0f} ms)", reach)
+
+
+def _plain_run(engine: Dockerd) -> float:
+    """Time `docker run` of the same image and app, served over a Unix socket too."""
+    directory = Path(tempfile.mkdtemp())
+    directory.chmod(0o777)
+    words = [
+        "run",
+        "--rm",
+        "--name",
+        "plain",
+        "--network",
+        _BRIDGE,
+        "--volume",
+        f"{HELLO}:/app:ro",
+        "--volume",
+        f"{directory}:/run/worker",
+    ]
+    argv = ["docker", "--host", f"unix://{engine.socket}", *words, IMAGE, "R", "--no-echo", "-e", _PLAIN]
+    began = time.perf_counter()
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with contextlib.closing(connected(f"{directory}/app.sock")) as sock:
+        sock.sendall(REQUEST.format(path="/", host="localhost").encode())
+        sock.recv(1)
+        took = time.perf_counter() - began
+    engine.run("rm", "--force", "plain", check=False)
+    process.wait()
+    shutil.rmtree(directory)
+    return took
