@@ -80,7 +80,7 @@ def network(config: Mapping[str, Any], worker: str, app: str, subnet: str) -> di
     """Describe a worker's own network. Its containers may talk only where sidecars are to be reached in it."""
     sidecars = bool(config["docker.service_network"])
     return {
-        "Name": f"blockyard-{worker}",
+        "Name": network_name(worker),
         "CheckDuplicate": True,
         "Driver": "bridge",
         "EnableIPv6": False,  # whatever the engine's own default: the firewall's rules for the pool are of IPv4
@@ -88,6 +88,11 @@ def network(config: Mapping[str, Any], worker: str, app: str, subnet: str) -> di
         "Options": {"com.docker.network.bridge.enable_icc": str(sidecars).lower()},
         "Labels": labels(config, worker, app),
     }
+
+
+def network_name(worker: str) -> str:
+    """Name a worker's own network."""
+    return f"blockyard-{worker}"
 
 
 def subnets(config: Mapping[str, Any]) -> list[str]:

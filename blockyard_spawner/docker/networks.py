@@ -9,6 +9,7 @@ from blockyard_spawner.docker import container
 from blockyard_spawner.docker.engine import Engine, EngineRefused
 from blockyard_spawner.protocol import Refused
 
+_USED_UP = "Stop a worker, or widen docker.network_pool: no subnet of it is free."
 _ATTEMPTS = 16  # subnets that may turn out to be somebody else's
 
 
@@ -31,6 +32,11 @@ class Networks:
                 if len(inside) == 1 and ipaddress.ip_network(inside[0]) == taken:
                     self._held[network["Id"]] = inside[0]
 
+    def check_room(self) -> None:
+        """Raise Refused ``network_pool_exhausted`` where no subnet is free."""
+        if not self.free:
+            raise Refused("network_pool_exhausted", _USED_UP)
+
     async def make(self, worker: str, app: str) -> str:
         """Make a worker's network and return its id. Raises Refused ``network_pool_exhausted``."""
         for _ in range(min(_ATTEMPTS, len(self.free))):
@@ -44,8 +50,7 @@ class Networks:
             else:
                 self._held[network] = subnet
                 return network
-        message = "Stop a worker, or widen docker.network_pool: no subnet of it is free."
-        raise Refused("network_pool_exhausted", message)
+        raise Refused("network_pool_exhausted", _USED_UP)
 
     async def remove(self, network: str) -> None:
         """Remove a network and give its subnet back."""

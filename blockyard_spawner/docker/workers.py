@@ -187,16 +187,38 @@ class Containers:
                 opened.callback(os.close, descriptor)  # held until the start: the inode becomes nobody else's
                 marks.append(f"{os.fstat(descriptor).st_dev}:{os.fstat(descriptor).st_ino}")
             self._make_directory(worker.id)
-            network = "none"
-            if wanted.request.network != "none":
-                network = self._networks[worker.id] = await self.networks.make(worker.id, worker.app)
-            description = container.described(self.config, wanted, network, marks, self._log_driver)
-            self._containers[worker.id] = await self._engine.create(f"blockyard-{worker.id}", description)
-            if network != "none":
-                await self.networks.connect_sidecars(network)
+            if wanted.request.network == "none":
+                await self._create(worker, container.described(self.config, wanted, "none", marks, self._log_driver))
+            else:
+                name = container.network_name(worker.id)
+                await self._create_in_network(
+                    worker, container.described(self.config, wanted, name, marks, self._log_driver)
+                )
             await self._engine.start(self._containers[worker.id])
             if not await self._meet(worker):
                 raise Refused("exec_failed", "See the engine's log: the container was not started.")
+
+    async def _create(self, worker: Worker, description: Mapping[str, Any]) -> None:
+        self._containers[worker.id] = await self._engine.create(f"blockyard-{worker.id}", description)
+
+    async def _create_in_network(self, worker: Worker, description: Mapping[str, Any]) -> None:
+        """Make a container and its network at the same time, which saves a tenth of a second of the start.
+
+        Docker looks for the network only when the container starts. Podman refuses until it is there.
+        """
+        self.networks.check_room()
+
+        async def make_network() -> None:
+            self._networks[worker.id] = await self.networks.make(worker.id, worker.app)
+
+        both = make_network(), self._create(worker, description)
+        failures = await asyncio.gather(*both, return_exceptions=True)  # nothing is still being made when this raises
+        for failure in failures:
+            if isinstance(failure, BaseException) and (failure is failures[0] or not isinstance(failure, Refused)):
+                raise failure
+        if worker.id not in self._containers:
+            await self._create(worker, description)
+        await self.networks.connect_sidecars(self._networks[worker.id])
 
     def _make_directory(self, name: str) -> None:
         # Its group and set-group-id bit are inherited: no right is needed to give it to the API's. Others are the
