@@ -170,8 +170,7 @@ class Containers:
             os.close(log)
             if isinstance(error, TimeoutError):
                 error = Refused("docker_slow", f"See to the container engine: no start within {_SPAWN_WITHIN:.0f} s.")
-            doubtful = isinstance(error, Refused) and error.code in _DOUBTFUL
-            self._tasks.create_task(self._forget(worker, doubtful=doubtful))
+            self._tasks.create_task(self._forget(worker, doubtful=_is_doubtful(error)))
             return error
         worker.state = "running"
         self._keeper.keep(worker.id, log)
@@ -212,11 +211,12 @@ class Containers:
             self._networks[worker.id] = await self.networks.make(worker.id, worker.app)
 
         both = make_network(), self._create(worker, description)
-        failures = await asyncio.gather(*both, return_exceptions=True)  # nothing is still being made when this raises
-        for failure in failures:
-            if isinstance(failure, BaseException) and (failure is failures[0] or not isinstance(failure, Refused)):
+        results = await asyncio.gather(*both, return_exceptions=True)  # nothing is still being made when this raises
+        failures = [result for result in results if isinstance(result, BaseException)]
+        if failures:
+            failure = next(filter(_is_doubtful, failures), failures[0])
+            if worker.id not in self._networks or not isinstance(failure, Refused) or _is_doubtful(failure):
                 raise failure
-        if worker.id not in self._containers:
             await self._create(worker, description)
         await self.networks.connect_sidecars(self._networks[worker.id])
 
@@ -430,6 +430,11 @@ def _cgroup(pid: int) -> str:
         found = next((line.strip()[3:] for line in lines if line.startswith("0::")), "")
         return "" if found == "/" else found  # the root: limits are in cgroups of version 1
     return ""
+
+
+def _is_doubtful(failure: BaseException) -> bool:
+    """Tell whether the engine may have done, or may still do, what was asked of it."""
+    return isinstance(failure, Refused) and failure.code in _DOUBTFUL
 
 
 def _removed(entry: os.DirEntry[str]) -> bool:
