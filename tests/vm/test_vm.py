@@ -8,6 +8,7 @@ import ast
 import json
 import os
 import subprocess
+import sys
 import tarfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,11 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[2]
 GUEST = Path(__file__).parent / "guest"
+HOSTILE = CHECKOUT / "tests" / "hostile"  # run on this host, too
+sys.path.insert(0, str(GUEST))
+
+from placement import runs_on  # noqa: E402 - its place is known only now
+
 DEBIANS = ("debian12", "debian13")
 BUILD_WITHIN, RUN_WITHIN = 1500, 3000  # seconds, both under emulation and on a busy machine
 LEFT_OUT = {".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "build"}
@@ -25,11 +31,12 @@ pytestmark = pytest.mark.timeout(BUILD_WITHIN + RUN_WITHIN + 60)
 
 
 def guest_tests():
-    """Name every test function inside, from its source, so that one that never ran is missed."""
-    for path in sorted(GUEST.glob("test_*.py")):
+    """Name every machine and test function inside, from its source, so that one that never ran is missed."""
+    for path in sorted([*GUEST.glob("test_*.py"), *HOSTILE.glob("test_*.py")]):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                yield f"{path.name}::{node.name}"
+                test = f"{path.name}::{node.name}"
+                yield from ((debian, test) for debian in DEBIANS if runs_on(debian, test))
 
 
 class Machine:
@@ -87,8 +94,7 @@ def machines(request, tmp_path_factory):
         yield lambda debian: booted[debian].result()
 
 
-@pytest.mark.parametrize("test", list(guest_tests()))
-@pytest.mark.parametrize("debian", DEBIANS)
+@pytest.mark.parametrize(("debian", "test"), sorted(guest_tests()))
 def test_inside(machines, debian, test):
     machine = machines(debian)
     reports = machine.reports.get(test)

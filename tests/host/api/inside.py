@@ -71,8 +71,12 @@ import json, os, re
 pattern = re.compile(rb"CANARY-[0-9a-f]{16}|by_[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])")
 found, read, refused = {}, {}, []
 def note(where, data):
-    for match in pattern.findall(data):
-        found.setdefault(match.decode(), []).append(where)
+    for word in (b"CANARY-", b"by_"):  # the pattern alone takes seven times as long: minutes under emulation
+        at = data.find(word)
+        while at >= 0:
+            if match := pattern.match(data, at):
+                found.setdefault(match[0].decode(), []).append(where)
+            at = data.find(word, at + 1)
 def files():
     for top, directories, names in os.walk("/"):
         if top == "/":

@@ -10,7 +10,8 @@ import pytest
 CHECKOUT = Path(__file__).parents[3]
 sys.path[:0] = [str(CHECKOUT / "tests" / "host" / "api"), str(CHECKOUT / "tests" / "hostile")]
 
-from machine import WORKERS  # noqa: E402 - their places are known only now
+from machine import WORKERS, debian  # noqa: E402 - their places are known only now
+from placement import runs_on  # noqa: E402
 from running_pair import Server, simple_app  # noqa: E402
 from target import Target  # noqa: E402
 
@@ -19,6 +20,12 @@ STATE = Path("/var/lib/blockyard")
 PYTHON = "/opt/blockyard/venv/bin/python"
 RUNTIME = Path("/run/blockyard/workers")
 UP_WITHIN = 600  # seconds, under emulation and on a busy machine
+
+
+def pytest_collection_modifyitems(config, items):
+    elsewhere = [item for item in items if not runs_on(debian(), f"{item.path.name}::{item.originalname}")]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in elsewhere]
 
 
 def send(**message):

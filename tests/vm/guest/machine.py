@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -17,6 +18,11 @@ STATE_UNITS = (
     *(*DAEMONS, "blockyard-workers.service", "run-blockyard-workers.mount"),
     *("blockyard-api.socket", "blockyard-spawner.socket"),
 )
+
+
+def debian():
+    """Which Debian this is, as "debian13"."""
+    return "debian" + re.search(r'^VERSION_ID="?(\d+)', Path("/etc/os-release").read_text(), re.MULTILINE)[1]
 
 
 def run(*command, check=True, timeout=120):

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from inside import assert_walked_and_found_what_is_allowed, canary, walk
-from machine import run, unit
+from inside import SEARCH, assert_walked_and_found_what_is_allowed, canary, look, walk
+from machine import DAEMONS, answers, as_user, run, systemctl, unit
 from running_pair import simple_app, wait_for
 
 RUNTIME = "/run/blockyard/workers"
@@ -80,3 +80,52 @@ def outside():
     yield [str(path) for path in paths]
     for path in paths:
         path.unlink()
+
+
+@pytest.fixture(scope="module")
+def secretive(server, outside):
+    """The server with a secret in its daemons' environment and in its configuration file."""
+    config = Path("/etc/blockyard/blockyard.toml")
+    before = config.read_text()
+    config.write_text(f"# the password is {SECRET}\n{before}")
+    secret = Path("/etc/a-secret-environment")
+    secret.write_text(f"A_SECRET={SECRET}\n")
+    secret.chmod(0o600)
+    drop_ins = [Path(f"/run/systemd/system/{name}.d/secret.conf") for name in DAEMONS]
+    for drop_in in drop_ins:
+        drop_in.parent.mkdir(parents=True, exist_ok=True)
+        drop_in.write_text(f"[Service]\nEnvironmentFile={secret}\n")
+    restarted(server)
+    yield server
+    config.write_text(before)
+    for drop_in in drop_ins:
+        drop_in.unlink()
+        drop_in.parent.rmdir()
+    secret.unlink()
+    restarted(server)
+
+
+def restarted(server):
+    systemctl("daemon-reload")
+    systemctl("restart", *DAEMONS)
+    answers(server)
+
+
+def test_no_secret_of_the_server_is_in_anything_that_an_app_can_read(secretive):
+    for name in DAEMONS:  # they do have it
+        assert SECRET in Path(f"/proc/{unit(name, 'MainPID')}/environ").read_text()
+    seen = look(secretive, "searches", SEARCH, within=280)
+    assert SECRET not in seen["found"], seen["found"]
+    assert secretive.token not in seen["found"]
+    assert {"memory of R", "files", "environ", "cmdline"} <= set(seen["read"]), seen
+
+
+def test_no_secret_is_in_a_unit_a_command_line_or_an_environment_that_others_can_read(secretive):
+    shown = as_user("nobody", "systemctl", "show", "blockyard-*", "run-blockyard-workers.mount").stdout
+    assert "blockyard-api.service" in shown
+    for command in ("cat /proc/[0-9]*/cmdline", "cat /proc/[0-9]*/environ", "journalctl --quiet --no-pager"):
+        shown += as_user("nobody", "sh", "-c", f"{command} 2>/dev/null | tr '\\0' ' '").stdout
+    shown += run("sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '").stdout
+    assert "/opt/blockyard/venv/bin/blockyard-api" in shown
+    for secret in (SECRET, secretive.token):
+        assert secret not in shown
