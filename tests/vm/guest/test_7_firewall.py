@@ -359,14 +359,15 @@ def test_rules_that_cannot_be_made_leave_the_former_in_force_and_keep_workers_fr
         assert rules_in_force() == before
         systemctl("stop", "blockyard-workers")
         assert systemctl("start", "blockyard-workers", check=False).returncode != 0
-        assert "'redis.url' names no host" in run("journalctl", "--unit=blockyard-firewall", "--quiet").stdout
+        said = run("journalctl", "--unit=blockyard-firewall", "--quiet").stdout
+        assert "'redis.url' must be such as redis://host" in said
     finally:
         CONFIGURATION.write_text(right)
         strict.unlink()
         strict.parent.rmdir()
         systemctl("daemon-reload")
-    systemctl("start", "blockyard-workers")
-    systemctl("disable", "--now", "blockyard-firewall")
+        systemctl("start", "blockyard-workers")
+        systemctl("disable", "--now", "blockyard-firewall")
 
 
 def firewall_check(server):
