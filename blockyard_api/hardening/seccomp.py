@@ -3,10 +3,13 @@
 libseccomp is called by ctypes: what is needed of it are eight functions, and a binding would be one more dependency of
 what root runs. Two programs are compiled and put behind each other, since it cannot say "all but these values":
 first what is refused, then what is allowed.
+
+The container that holds both daemons has a profile of its own, which the container engine compiles: `outer`.
 """
 
 import ctypes
 import errno
+import json
 import os
 import platform
 import struct
@@ -20,6 +23,12 @@ from blockyard_api.errors import BlockyardError
 
 # AUDIT_ARCH_…, by which kernel and libseccomp call an architecture
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+# What a container engine calls them, and those that run under the same kernel.
+_PROFILE_ARCHITECTURES = {
+    "x86_64": {"architecture": "SCMP_ARCH_X86_64", "subArchitectures": []},
+    "aarch64": {"architecture": "SCMP_ARCH_AARCH64", "subArchitectures": []},
+}
 
 _ALLOW, _ERRNO, _KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000  # SECCOMP_RET_…, and libseccomp's SCMP_ACT_…
 _ON_BAD_ARCHITECTURE, _OPTIMIZE = 2, 8  # SCMP_FLTATR_…
@@ -60,7 +69,16 @@ def native() -> str:
 
 def read_policy() -> dict[str, Any]:
     """Read the policy that the project ships."""
-    return tomllib.loads((files("blockyard_spawner") / "seccomp" / "policy.toml").read_text(encoding="utf-8"))
+    return _shipped("policy.toml")
+
+
+def read_outer() -> dict[str, Any]:
+    """Read what the container that holds the pair needs beside the policy."""
+    return _shipped("outer.toml")
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    return tomllib.loads((files("blockyard_spawner") / "seccomp" / name).read_text(encoding="utf-8"))
 
 
 def compiled(policy: Mapping[str, Any], architecture: str) -> bytes:
@@ -82,6 +100,57 @@ def compiled(policy: Mapping[str, Any], architecture: str) -> bytes:
             allowed.add(_ALLOW, rule["call"], rule["when"])
         rest = allowed.export()
     return _going_on(refusals) + _too_new(newest) + rest
+
+
+def outer(policy: Mapping[str, Any], more: Mapping[str, Any]) -> bytes:
+    """Return the profile of the container that holds the pair, as Docker and Podman read it.
+
+    It must allow what the workers' own filter allows, since both are in force, and what makes a worker; a call that
+    `more` names has no condition. The policy's refusals stay with the workers.
+    """
+    opened = {call for group in more["group"] for call in group["calls"]}
+    rules = [
+        _rule([call for call in group["calls"] if call not in opened], group["why"], answer=group.get("answer"))
+        for group in policy["group"]
+    ]
+    rules += [_rule(group["calls"], group["why"]) for group in more["group"]]
+    conditional = [*policy["allow"], *more.get("allow", ())]
+    rules += [
+        _rule([rule["call"]], rule["why"], line)
+        for rule in conditional
+        if rule["call"] not in opened
+        for line in rule["when"]
+    ]
+    profile = {
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "defaultErrnoRet": int(getattr(errno, policy["otherwise"])),
+        "archMap": [_PROFILE_ARCHITECTURES[name] for name in policy["architectures"]],
+        "syscalls": [rule for rule in rules if rule["names"]],
+    }
+    return json.dumps(profile, indent=2).encode() + b"\n"
+
+
+def _rule(
+    calls: Sequence[str], why: str, line: Sequence[Mapping[str, int]] = (), *, answer: str | None = None
+) -> dict[str, Any]:
+    """Answer calls under all conditions of one line, in the engines' words."""
+    does = {"action": "SCMP_ACT_ERRNO", "errnoRet": int(getattr(errno, answer))} if answer else {}
+    compared = [
+        {
+            "index": each["argument"],
+            "value": each.get("mask", _C_INT),
+            "valueTwo": each["equals"],
+            "op": "SCMP_CMP_MASKED_EQ",
+        }
+        for each in line
+    ]
+    return {
+        "names": list(calls),
+        "action": "SCMP_ACT_ALLOW",
+        "args": compared,
+        "comment": " ".join(why.split()),
+        **does,
+    }
 
 
 def try_out(program: bytes) -> None:
