@@ -14,6 +14,7 @@ from blockyard_api.checks import docker
 from blockyard_api.checks.context import Context, Outcome, Seen
 from blockyard_api.checks.probe import ProbeFailed, Report, Sight, Target
 from blockyard_api.checks.result import Result, error, info, ok, together, warning
+from blockyard_api.host import container
 from blockyard_api.settings import Endpoint, Settings
 
 METADATA = (
@@ -28,6 +29,10 @@ _RULES = "Load the rules that 'by admin firewall' prints, or set process.network
 _DOCKER_RULES = (
     "Run 'systemctl enable --now blockyard-firewall-docker', or give Docker apps no network: "
     "'by update APP --network none'."
+)
+_RULES_FROM_OUTSIDE = (
+    "Set process.network = \"none\", or load the rules that 'by admin firewall' prints into the container's network "
+    "from outside, as docs/container.md shows."
 )
 # What connect(2) says when it is this daemon's unit that forbids connections, rather than the network.
 _FORBIDDEN_HERE = (errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES)
@@ -212,7 +217,8 @@ async def worker_egress(context: Context, seen: Seen) -> Result:
     name, found = "worker_egress", []
     if seen.worker is not None:
         who = f"A worker (network {context.settings.process.network})"
-        found.append(_egress(name, who, seen.worker, seen, _RULES))
+        rules = _RULES_FROM_OUTSIDE if container.inside() else _RULES
+        found.append(_egress(name, who, seen.worker, seen, rules))
     if isinstance(seen.docker, ProbeFailed):
         found.append(seen.docker.result(name, docker.ADVICE))
     elif seen.docker is not None:

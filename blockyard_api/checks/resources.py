@@ -9,13 +9,17 @@ from pathlib import Path, PurePosixPath
 from blockyard_api.checks.context import UNUSED, Context, Outcome, Seen
 from blockyard_api.checks.probe import ProbeFailed, Report
 from blockyard_api.checks.result import Result, info, ok, warning
-from blockyard_api.host import accounting, units
+from blockyard_api.host import accounting, container, units
 
 _CONTROLLERS = ("memory", "cpu", "pids")
 _DYNAMIC = range(61184, 65520)  # systemd's DynamicUser=
 _HOMED = range(60001, 60514)
 _HOMED_RUNS = Path("/run/systemd/userdb/io.systemd.Home")
 _MODULE = "xt_cgroup"
+_AS_A_WHOLE = (
+    "Limit the container as a whole (--memory, --cpus, --pids-limit), and use the Docker backend for apps that must "
+    "not starve one another; docs/container.md says what can be delegated."
+)
 
 
 async def uid_range(context: Context) -> Result:
@@ -72,6 +76,9 @@ async def cgroup_delegation(context: Context, seen: Seen) -> Result:
         return ok(name, UNUSED)
     identity = await context.spawner.hello()
     missing = [controller for controller in _CONTROLLERS if controller not in identity.controllers]
+    if container.inside() and missing:
+        fact = f"No worker has limits of its own in this container: it may not use {', '.join(missing)} of its cgroup."
+        return warning(name, fact, _AS_A_WHOLE)
     if accounting.cgroup2_mount() is None:
         return warning(name, "There is no cgroup2 mount: no worker can be limited.", "Boot with the unified hierarchy.")
     if not await _is_delegated(seen.worker):
@@ -134,6 +141,8 @@ async def resource_limits(context: Context) -> Result:
         remedy = f"Delegate the controllers to {units.WORKERS}; 'cgroup_delegation' says what is missing."
         if not context.uses("process"):
             remedy = "Give the engine the controllers; 'docker info' says what is missing."
+        elif container.inside():
+            remedy = _AS_A_WHOLE
         return warning(name, f"Configured, but not enforced: {', '.join(toothless[:6])}{more}.", remedy)
     return ok(name, f"All {len(configured)} configured limits are enforced.")
 

@@ -12,6 +12,7 @@ from blockyard_api.checks import docker
 from blockyard_api.checks.context import UNUSED, Context, Outcome, Seen
 from blockyard_api.checks.probe import ProbeFailed
 from blockyard_api.checks.result import Result, error, info, ok, together, warning
+from blockyard_api.host import container
 
 _FILTERED = ("SECCOMP", "seccomp")
 _INSTRUCTION = 8  # bytes: struct sock_filter
@@ -112,6 +113,8 @@ def _forbidden(failure: ProbeFailed, bwrap: str) -> tuple[str, str] | None:
     bubblewrap's own words tell the reasons apart, and the settings of the kernel where this daemon may read them.
     """
     words = failure.words
+    if container.inside() and (why := _by_engine(failure)):
+        return why
     denied = "namespace" in words and "Permission denied" in words
     mapped = "uid map" in words or "gid map" in words
     forbidden = "No permissions to creat" in words or _sysctl("kernel/unprivileged_userns_clone") == "0"
@@ -155,6 +158,26 @@ def _forbidden(failure: ProbeFailed, bwrap: str) -> tuple[str, str] | None:
     )
     said = f" It says: {words}" if words else ""
     return next(((f"{fact}{said}", remedy) for holds, fact, remedy in reasons if holds), None)
+
+
+def _by_engine(failure: ProbeFailed) -> tuple[str, str] | None:
+    """Return what a container's engine keeps from a worker, and the remedy."""
+    words = failure.words
+    said = f" It says: {words or failure.message}"
+    if "mount proc" in words or "max_user_namespaces: Read-only" in words:
+        fact = "The container engine hides parts of /proc, and so the kernel lets no sandbox mount one of its own."
+        return (
+            f"{fact}{said}",
+            f"Start the container with {container.WHOLE_PROC}; docs/container.md says what it opens.",
+        )
+    if "mount" in words and "Permission denied" in words:
+        fact = "AppArmor denies mounts in this container."
+        return f"{fact}{said}", "Start the container with --security-opt apparmor=unconfined; see docs/container.md."
+    filtered = ("No permissions to creat", "Operation not permitted", "Function not implemented")
+    if any(each in words or each in failure.message for each in filtered):
+        fact = "The container engine's system call filter keeps workers from making their sandbox."
+        return f"{fact}{said}", f"Start the container with {container.PROFILE}."
+    return None
 
 
 def _sysctl(name: str) -> str | None:
