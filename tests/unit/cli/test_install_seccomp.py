@@ -1,5 +1,6 @@
 """`by admin install-seccomp`, as an operator runs it."""
 
+import errno
 import json
 import stat
 import subprocess
@@ -78,3 +79,24 @@ def test_an_unknown_architecture_is_told_so_in_one_sentence(tmp_path):
     done = by("--arch", "riscv64", "--target", tmp_path / "seccomp.bpf")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "use x86_64 or aarch64" in done.stderr
+
+
+def test_the_profile_of_a_container_is_put_where_it_is_wanted_and_printed_for_who_has_no_place_yet(tmp_path):
+    target = tmp_path / "new" / "seccomp.json"
+    done = by("--outer", "--target", target)
+    assert done.returncode == 0, done.stderr
+    assert f"--security-opt seccomp={target}" in done.stdout
+    assert stat.S_IMODE(target.stat().st_mode) == 0o644
+    assert json.loads(target.read_text())["defaultAction"] == "SCMP_ACT_ERRNO"
+    assert by("--outer", "--target", target).stdout.strip().endswith("unchanged.")
+    assert by("--outer", "--target", "-").stdout == target.read_text()
+
+
+def test_the_profile_of_a_container_names_a_condition_as_the_policy_does(tmp_path):
+    target = tmp_path / "seccomp.json"
+    by("--outer", "--target", target)
+    rules = json.loads(target.read_text())["syscalls"]
+    (pairs,) = [rule for rule in rules if rule["names"] == ["socketpair"]]
+    assert pairs["args"] == [{"index": 0, "value": 0xFFFFFFFF, "valueTwo": 1, "op": "SCMP_CMP_MASKED_EQ"}]
+    assert {rule["errnoRet"] for rule in rules if rule["action"] == "SCMP_ACT_ERRNO"} == {errno.ENOSYS}
+    assert [rule["args"] for rule in rules if "clone" in rule["names"]] == [[]]
