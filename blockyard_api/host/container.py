@@ -1,9 +1,9 @@
-"""Whether all of this runs in a container, where the engine's command line is what a remedy has to name."""
+"""Whether this is a container of our image: a remedy there names an option of the engine's command line."""
 
 from pathlib import Path
 
-# Docker's mark, Podman's, and what is in our own image alone, whatever starts it.
-_MARKS = ("/.dockerenv", "/run/.containerenv", "/opt/blockyard/scripts/container-init")
+# In the image alone. An engine's own mark is no proof: /.dockerenv stays in a machine that was made from a container.
+_INIT = Path("/opt/blockyard/scripts/container-init")
 
 # The option that keeps /proc whole, as Docker and as Podman call it.
 WHOLE_PROC = "--security-opt systempaths=unconfined (Podman: --security-opt unmask=ALL)"
@@ -11,5 +11,5 @@ PROFILE = "--security-opt seccomp=FILE, the file that 'by admin install-seccomp 
 
 
 def inside() -> bool:
-    """Tell whether a container engine has started this."""
-    return any(Path(mark).exists() for mark in _MARKS)
+    """Tell whether this is our image."""
+    return _INIT.exists()

@@ -57,7 +57,8 @@ def documented(profile: Path) -> list[str]:
     """Return the options of the command that docs/container.md starts a container with."""
     page = (CHECKOUT / "docs/container.md").read_text()
     (command,) = re.findall(r"^    docker run --detach (.*?)blockyard:0\.1\.0$", page, re.DOTALL | re.MULTILINE)
-    options = shlex.split(command.replace("/etc/blockyard/seccomp.json", str(profile)))
+    command = command.replace("\\\n", " ").replace("/etc/blockyard/seccomp.json", str(profile))
+    options = shlex.split(command)
     assert options[:2] == ["--name", "blockyard"]
     return options[2:]
 

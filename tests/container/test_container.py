@@ -63,7 +63,7 @@ def test_an_orphan_is_reaped(pair):
         found = pair.processes()
         return [each["State"] for pid, each in found.items() if each["PPid"] == "1" and each["Name"] == "sleep"]
 
-    pair.inside("sh -c 'sleep 1 & sleep 1 & exit'", user="root")
+    pair.inside("sh -c 'sleep 2 >/dev/null 2>&1 & exit'", user="root")
     assert orphans()  # they are the init's now
     pair.wait_for(lambda: not orphans())
 
