@@ -15,7 +15,7 @@ from running_engine import CACHE, CHECKOUT, Dockerd, worker_image
 
 IMAGE = "blockyard:0.1.0"
 BUILD = CHECKOUT / "scripts/build-image"
-DEADLINE = 90.0
+DEADLINE = 180.0
 NETWORK = "blockyard-container-test"
 _PARTS = (
     *("pyproject.toml", "constraints.txt", "README.md", "blockyard_api", "blockyard_spawner", "examples", "systemd"),
@@ -115,7 +115,7 @@ class Container:
         while self.engine.run("exec", self.name, "sh", "-c", ask, check=False).returncode:
             assert self.state()["Running"], self.log()
             assert time.monotonic() < end, self.log()
-            time.sleep(0.5)
+            time.sleep(1)
 
     def deploy_hello(self) -> None:
         self.log_in()

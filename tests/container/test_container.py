@@ -97,10 +97,13 @@ def test_it_stops_in_good_order_and_a_new_container_goes_on_with_its_state(pair)
     assert pair.state()["ExitCode"] == 0, pair.log()
     assert "of hello ended: {'reason': 'stopped'" in pair.log()
     pair.remove()
+    pair.options = [*pair.options, "--env", "BLOCKYARD_PROCESS_NETWORK=none"]  # and no firewall
     pair.run()
     pair.wait_until_served()
     assert pair.inside("cat /var/lib/blockyard/admin-token") == token
     assert "shiny" in pair.page()
+    pair.log_in()
+    assert pair.checks()["worker_egress"]["severity"] == "ok"
 
 
 def test_a_daemon_that_dies_for_good_ends_the_container_with_a_status(start, profile):
@@ -123,12 +126,15 @@ def test_without_the_profile_or_with_a_hidden_proc_the_checks_name_the_missing_o
 
 def test_without_root_it_needs_no_capability_and_steers_to_the_docker_backend(start, profile):
     opened = ("--security-opt", f"seccomp={profile}", "--security-opt", "systempaths=unconfined")
-    container = start(*opened, "--user", "900:900", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+    given = ("--user", "900:900", "--cap-drop", "ALL", "--env", "BLOCKYARD_PROCESS_NETWORK=none")
+    container = start(*opened, *given, "--security-opt", "no-new-privileges")
     container.wait_until_served()
     container.deploy_hello()
     assert "shiny" in container.page_from_inside()
     assert {fields["Uid"].split()[0] for fields in container.processes().values() if fields["Name"] != "sh"} <= {"900"}
-    mapping = container.checks()["bwrap_host_uid_mapping"]
+    checks = container.checks()
+    assert checks["worker_egress"]["severity"] == "ok"
+    mapping = checks["bwrap_host_uid_mapping"]
     assert mapping["severity"] == "info"
     assert "use the Docker backend for apps of different owners" in mapping["remedy"]
 

@@ -1,6 +1,7 @@
 """The same image under rootless Podman: with root inside, who is nobody outside, and without."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -82,17 +83,23 @@ class Rootless:
         self.podman("run", "--detach", "--name", "pair", "--network", "none", *variables, *opened, *options,
                     "--rootfs", str(self.files), INIT)  # fmt: skip
         try:
-            end = time.monotonic() + 90
+            end = time.monotonic() + 180
             while "Error" in self.podman("exec", "pair", "sh", "-c", f"{READY} || echo Error", check=False):
                 assert time.monotonic() < end, self.podman("logs", "pair")
                 assert "pair" in self.podman("ps"), self.podman("logs", "pair")  # it runs
-                time.sleep(0.5)
+                time.sleep(2)
             yield
         finally:
             self.podman("rm", "--force", "pair", check=False)
 
     def inside(self, script: str, user: str = "blockyard") -> str:
         return self.podman("exec", "--user", user, "--env", "HOME=/tmp", "pair", "sh", "-c", script, check=False)
+
+    def egress(self) -> str:
+        """Return how bad it is what a worker reaches."""
+        found = json.loads(self.inside("by admin check --json 2>/dev/null"))
+        (check,) = [check for check in found["checks"] if check["name"] == "worker_egress"]
+        return check["severity"]
 
     def workers(self) -> list[int]:
         """Name the uids that R has outside."""
@@ -128,3 +135,12 @@ def test_root_inside_is_nobody_outside_and_each_worker_has_a_uid_of_its_own(root
         assert set(rootless.workers()) & set(pool)
         kept = "cat /proc/sys/kernel/core_pattern > /proc/sys/kernel/core_pattern || echo refused"
         assert "refused" in rootless.inside(kept, user="root")
+        # The network belongs to the user's namespace, so that rules know workers by the uids that they have inside.
+        assert rootless.egress() == "warning"
+        enter = [
+            "nsenter",
+            f"--net=/proc/{rootless.podman('inspect', '--format', '{{.State.Pid}}', 'pair').strip()}/ns/net",
+        ]
+        rules = rootless.inside("by admin firewall")
+        subprocess.run([*enter, "nft", "-f", "-"], input=rules, text=True, check=True, timeout=30)
+        assert rootless.egress() == "ok"
