@@ -37,7 +37,7 @@ def test_its_page_is_served_at_the_published_port_by_a_worker_with_a_uid_of_its_
 
 
 def test_the_spawners_root_is_not_the_hosts_and_writes_to_no_setting_of_the_host(pair):
-    opened = "exec 3>>/proc/sys/kernel/core_pattern && echo opened || echo refused"  # and nothing is written
+    opened = "(exec 3>>/proc/sys/kernel/core_pattern) && echo opened || echo refused"  # and nothing is written
     assert "opened" in pair.inside(opened, user="root")  # which the container's own root may
     titles = pair.engine.run("top", "blockyard", "-o", "pid,comm").stdout
     (spawner,) = [line.split()[0] for line in titles.splitlines() if "blockyard-spawn" in line]

@@ -32,6 +32,8 @@ class Rootless:
 
     def __init__(self, profile: Path) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="bypodman-", dir="/var/tmp"))
+        # In memory: it is unpacked and removed ten times as fast.
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2g", "tmpfs", self.root], check=True)
         subprocess.run(["useradd", "--system", "--no-create-home", "--home-dir", self.root, USER], check=True)
         span = f"{RANGE.start}-{RANGE.stop - 1}"
         subprocess.run(["usermod", "--add-subuids", span, "--add-subgids", span, USER], check=True)
@@ -110,7 +112,8 @@ class Rootless:
         for file in (self.root / "run").rglob("pause.pid"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(file.read_text()), signal.SIGKILL)
-        shutil.rmtree(self.root, ignore_errors=True)
+        subprocess.run(["umount", "--lazy", self.root], check=True)
+        self.root.rmdir()
         subprocess.run(["userdel", USER], check=False, stderr=subprocess.DEVNULL)
 
 
