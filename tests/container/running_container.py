@@ -1,6 +1,5 @@
 """The image that holds the pair, and containers of it in an engine of the tests' own."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -11,36 +10,19 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from running_engine import CACHE, CHECKOUT, Dockerd, worker_image
+from running_engine import CHECKOUT, Dockerd
 
 IMAGE = "blockyard:0.1.0"
 BUILD = CHECKOUT / "scripts/build-image"
 DEADLINE = 180.0
 NETWORK = "blockyard-container-test"
-_PARTS = (
-    *("pyproject.toml", "constraints.txt", "README.md", "blockyard_api", "blockyard_spawner", "examples", "systemd"),
-    *("scripts/build-image", "scripts/foreground", "scripts/container-init", "scripts/blockyard.toml"),
-)
 _numbers = itertools.count(1)
 
 
 def pair_image() -> Path:
-    """Return the image's file, made once for each state of what is in it."""
-    base = worker_image()
-    seen = hashlib.sha256(base.name.encode())
-    for part in _PARTS:
-        path = CHECKOUT / part
-        for file in [path] if path.is_file() else sorted(path.rglob("*")):
-            if file.is_file() and "__pycache__" not in file.parts:
-                seen.update(str(file.relative_to(CHECKOUT)).encode() + b"\0" + file.read_bytes())
-    file = CACHE / f"pair-image-{seen.hexdigest()[:16]}.tar"
-    if not file.exists():
-        for old in CACHE.glob("pair-image-*"):
-            old.unlink()
-        unfinished = CACHE / f"pair-image-{os.getpid()}.unfinished"
-        subprocess.run([BUILD, "--base", base, "--tar", unfinished], check=True, timeout=1500)
-        unfinished.rename(file)
-    return file
+    """Return the image's file."""
+    script = Path(__file__).with_name("pair-image")
+    return Path(subprocess.run([script], stdout=subprocess.PIPE, text=True, check=True, timeout=1800).stdout.strip())
 
 
 class Engine(Dockerd):
