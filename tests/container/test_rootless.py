@@ -110,11 +110,16 @@ class Rootless:
         return [int(line.split()[0]) for line in found.splitlines() if line.split()[1] == "R"]
 
     def remove(self) -> None:
-        for file in (self.root / "run").rglob("pause.pid"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(file.read_text()), signal.SIGKILL)
+        """Take everything away; Podman's own cleaning up after a container, and its pause process, may still run."""
+        end = time.monotonic() + 30
+        while left := subprocess.run(["ps", "-u", USER, "-o", "pid="], check=False, capture_output=True).stdout.split():
+            assert time.monotonic() < end
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            time.sleep(0.2)
         subprocess.run(["umount", "--lazy", self.root], check=False)
-        self.root.rmdir()
+        shutil.rmtree(self.root)
         subprocess.run(["userdel", USER], check=False, stderr=subprocess.DEVNULL)
 
 
