@@ -5,6 +5,7 @@ makes.
 """
 
 import contextlib
+import json
 import shutil
 import statistics
 import subprocess
@@ -22,10 +23,12 @@ from _measure import Options, Row
 from docker_helper import engine_group
 from docker_pair import DockerPair
 from running_engine import IMAGE, Dockerd
-from running_pair import HELLO, wait_for
+from running_pair import HELLO, simple_app, wait_for
 from whole_pair import REQUEST, connected, hello_files, our_start
 
 _BRIDGE = "plain"
+_MESSAGES = 200
+_ECHO = "function(input, output, session) observeEvent(input$n, session$sendCustomMessage('echo', input$n))"
 TITLE = "The Docker backend, examples/hello"
 _PLAIN = (
     "shiny::runApp('/app', port = structure('/run/worker/app.sock', mask = strtoi('0111', 8)), launch.browser = FALSE)"
@@ -40,6 +43,8 @@ def run(options: Options) -> list[Row]:
             "network", "create", "--subnet", "10.213.99.0/28", _BRIDGE
         )  # as docker0 is there, which the tests lack
         pair.deploy("hello", hello_files())
+        pair.deploy("echo", simple_app(server=_ECHO))
+        trips = {backend: [] for backend in ("docker", "process")}
         for _ in range(options.rounds):
             times["run"].append(_plain_run(engine))
             for backend in ("docker", "process"):
@@ -48,16 +53,36 @@ def run(options: Options) -> list[Row]:
                 pair.http.post("/api/v1/apps/hello/disable")
                 wait_for(lambda: not pair.workers("hello") and not pair.docker_leftovers(), what="the worker's end")
                 pair.http.post("/api/v1/apps/hello/enable")
-    medians = {name: statistics.median(found) for name, found in times.items()}
+                pair.http.patch("/api/v1/apps/echo", json={"backend": backend})
+                trips[backend].append(_round_trip(pair))
+    medians = _medians(times)
     return [
         _ratio("cold start, Docker worker ÷ docker run, first byte", medians, "docker", "run", "≤ 1.10"),
         _ratio("cold start, process ÷ Docker, first byte", medians, "process", "docker", "≤ 0.70"),
+        _ratio("a message to the app and back, p50, Docker ÷ process", _medians(trips), "docker", "process", "≤ 1.3"),
     ]
+
+
+def _medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _round_trip(pair: DockerPair) -> float:
+    """Return the median time of a visitor's message to the app and of the app's answer, in seconds."""
+    times = []
+    with pair.visitor().shiny("echo") as sock:
+        for number in range(1, _MESSAGES + 1):
+            began = time.perf_counter()
+            sock.send(json.dumps({"method": "update", "data": {"n:shiny.number": number}}))
+            while json.loads(sock.recv(10)).get("custom", {}).get("echo") != number:
+                pass
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def _ratio(what: str, medians: dict[str, float], one: str, other: str, reach: str) -> Row:
     mine, theirs = medians[one], medians[other]
-    return Row(what, f"{mine / theirs:.2f}  ({mine * 1000:.0f} ms, {theirs * 1000:.0f} ms)", reach)
+    return Row(what, f"{mine / theirs:.2f}  ({mine * 1000:.3g} ms, {theirs * 1000:.3g} ms)", reach)
 
 
 def _plain_run(engine: Dockerd) -> float:

@@ -17,6 +17,7 @@ ALONE = {
         "test_7_firewall.py::test_rules_that_cannot_be_made_",
         "test_7_firewall.py::test_an_app_without_a_network_",
         "test_7_firewall.py::test_the_firewalls_unit_",
+        "test_8_docker_units.py",
         "test_8_harden.py",
     ),
 }
