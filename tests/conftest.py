@@ -12,10 +12,7 @@ import machines as vm
 
 @pytest.fixture(scope="session")
 def machines(request, tmp_path_factory):
-    """A function that returns a Debian's machine after its end; those that this run asks for are booted side by side.
-
-    Tests that pass on a busy machine too ask for them first, so that the machines run while those wait for their own.
-    """
+    """A function that returns a Debian's machine after its end; those that this run wants are booted side by side."""
     here = Path(vm.__file__).parent
     wanted = {item.callspec.params["debian"] for item in request.session.items if item.path.parent == here}
     with vm.running(sorted(wanted), tmp_path_factory.mktemp("machines")) as ended:

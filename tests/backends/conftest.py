@@ -22,8 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def engine(machines) -> Iterator[Dockerd]:
-    """A dockerd with the worker image, for all tests. From here on the machines run beside: they take longest."""
+def engine() -> Iterator[Dockerd]:
+    """A dockerd with the worker image, for all tests."""
     with Dockerd(engine_group()) as running:
         yield running
 

@@ -34,6 +34,7 @@ class Machine:
             tar.add(CHECKOUT, ".", filter=lambda member: None if LEFT_OUT & {*member.name.split("/")} else member)
         os.truncate(checkout, -(-checkout.stat().st_size // 512) * 512)  # a disk has whole sectors
         command = [
+            "nice", "-n", "5",  # other tests, which run beside, are not held up
             "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "3072",
             "-nodefaults", "-nographic", "-no-reboot", "-snapshot", "-nic", "none",
             "-kernel", f"{image}/vmlinuz", "-initrd", f"{image}/initrd.img",

@@ -51,7 +51,8 @@ class Network:
         self._open = contextlib.ExitStack()
 
     def address(self, address):
-        subprocess.run(["ip", "-n", self.name, "address", "add", address, "dev", "lo"], check=True)
+        at_once = ["nodad"] if ":" in address else []  # else the kernel looks for a duplicate of it, for a moment
+        subprocess.run(["ip", "-n", self.name, "address", "add", address, "dev", "lo", *at_once], check=True)
 
     def hole(self, host, port):
         """Listen in there with a queue that is full already: whoever connects waits for ever."""
