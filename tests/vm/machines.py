@@ -34,7 +34,6 @@ class Machine:
             tar.add(CHECKOUT, ".", filter=lambda member: None if LEFT_OUT & {*member.name.split("/")} else member)
         os.truncate(checkout, -(-checkout.stat().st_size // 512) * 512)  # a disk has whole sectors
         command = [
-            "nice", "-n", "5",  # other tests, which run beside, are not held up
             "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "3072",
             "-smp", "1",  # a second processor costs a third more of this one's: 103 s instead of 78 for the same work
             "-nodefaults", "-nographic", "-no-reboot", "-snapshot", "-nic", "none",
