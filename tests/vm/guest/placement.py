@@ -5,7 +5,7 @@ import re
 # The beginnings of tests that one machine alone runs, each named as file::function.
 ALONE = {
     "debian12": (
-        "test_35_told.py::test_no_secret_of_the_server_",
+        "test_35_told.py::test_no_secret_",
         "test_6_checks.py",
         "test_7_firewall.py::test_in_the_forms_of_iptables_",
         "test_7_firewall.py::test_iptables_rules_",
