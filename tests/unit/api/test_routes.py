@@ -75,7 +75,7 @@ def test_whatever_is_sent_to_whatever_route_is_answered_in_the_contracts_shape(t
         routes, plain = runner.run(prepare())
         assert len(routes) > 20
 
-        @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
         @given(st.sampled_from(routes), st.data())
         def sweep(route, data):
             method, path = route

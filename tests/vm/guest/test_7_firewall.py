@@ -376,13 +376,13 @@ def firewall_check(server):
     return next(check for check in found if check["name"] == "firewall")
 
 
-def assert_loaded_again(server, curious, loaded, form):
-    instance = f"blockyard-firewall-cgroup@{form.partition('-')[0]}"
+def test_nft_rules_by_cgroup_are_loaded_again_with_the_workers_unit_and_missed_without(server, curious, loaded):
+    instance = "blockyard-firewall-cgroup@nft"
 
     def told():
         return forgotten_cgroup(Path(CGROUP_RECORD).read_text(), WORKERS.stat().st_ino)
 
-    loaded(form)
+    loaded("nft-cgroup")
     systemctl("restart", "blockyard-workers")
     wait_for(lambda: told() is None and unit(instance, "ActiveState") == "inactive", 200, "the rules")
     assert curious.is_kept_in()
@@ -395,11 +395,3 @@ def assert_loaded_again(server, curious, loaded, form):
     assert told() is None
     assert firewall_check(server)["severity"] == "ok"
     assert curious.is_kept_in()
-
-
-def test_nft_rules_by_cgroup_are_loaded_again_with_the_workers_unit_and_missed_without(server, curious, loaded):
-    assert_loaded_again(server, curious, loaded, "nft-cgroup")
-
-
-def test_iptables_rules_by_cgroup_are_loaded_again_with_the_workers_unit_and_missed_without(server, curious, loaded):
-    assert_loaded_again(server, curious, loaded, "iptables-cgroup")
