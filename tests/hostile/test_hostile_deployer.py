@@ -133,7 +133,7 @@ def test_a_hostile_setting_is_refused_and_changes_nothing(target, neighbour, key
 
 
 def test_text_that_looks_like_options_reaches_no_command_line(target, neighbour):
-    hostile = "--bind / /host $(touch /run/hostile-hook) `id`; '\""
+    hostile = "--bind / /hostile-place $(touch /run/hostile-hook) `id`; '\""
     target.server.deploy("options", packed({"app.R": APP}), title=hostile, description=hostile)
     visitor = target.server.visitor()
     visitor.http.timeout = 300
@@ -141,7 +141,7 @@ def test_text_that_looks_like_options_reaches_no_command_line(target, neighbour)
     worker = target.worker("options")
     words = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes_of(worker.uid))
     assert b"options" in words
-    assert b"/host" not in words
+    assert b"hostile-place" not in words
     assert b"hostile-hook" not in words
     assert not Path("/run/hostile-hook").exists()
     target.end("options")
