@@ -53,6 +53,8 @@ def run(options: Options) -> list[Row]:
                 pair.http.post("/api/v1/apps/hello/disable")
                 wait_for(lambda: not pair.workers("hello") and not pair.docker_leftovers(), what="the worker's end")
                 pair.http.post("/api/v1/apps/hello/enable")
+        for _ in range(options.rounds):
+            for backend in ("docker", "process"):
                 pair.http.patch("/api/v1/apps/echo", json={"backend": backend})
                 trips[backend].append(_round_trip(pair))
     medians = _medians(times)
