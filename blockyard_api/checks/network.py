@@ -10,7 +10,6 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from blockyard_api.checks import docker
 from blockyard_api.checks.context import Context, Outcome, Seen
 from blockyard_api.checks.probe import ProbeFailed, Report, Sight, Target
 from blockyard_api.checks.result import Result, error, info, ok, together, warning
@@ -219,9 +218,7 @@ async def worker_egress(context: Context, seen: Seen) -> Result:
         who = f"A worker (network {context.settings.process.network})"
         rules = _RULES_FROM_OUTSIDE if container.inside() else _RULES
         found.append(_egress(name, who, seen.worker, seen, rules))
-    if isinstance(seen.docker, ProbeFailed):
-        found.append(seen.docker.result(name, docker.ADVICE))
-    elif seen.docker is not None:
+    if seen.docker is not None:
         found.append(_egress(name, "A Docker worker", seen.docker, seen, _DOCKER_RULES))
     return together(name, found)
 
@@ -323,9 +320,7 @@ async def abstract_sockets(context: Context, seen: Seen) -> Result:
     name, found = "abstract_sockets", []
     if seen.worker is not None:
         found.append(_abstract(name, f"A worker (network {context.settings.process.network})", seen.worker))
-    if isinstance(seen.docker, ProbeFailed):
-        found.append(seen.docker.result(name, docker.ADVICE))
-    elif seen.docker is not None:
+    if seen.docker is not None:
         found.append(_abstract(name, "A Docker worker", seen.docker))
     return together(name, found)
 

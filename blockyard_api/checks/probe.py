@@ -27,7 +27,7 @@ _WITHIN = 6.0  # seconds from the request to the last line
 _END_WITHIN = 2.0  # seconds
 _MOST_OUTPUT = 1 << 20  # bytes
 _PART = 4000  # characters of one environment variable; the protocol takes 4096
-_ADVICE = "See what 'user_namespaces' and 'spawner_link' say, and the journal of blockyard-spawner."
+ADVICE = "See what 'user_namespaces' and 'spawner_link' say, and the journal of blockyard-spawner."
 _USED_UP = {  # by the refusal: what to widen
     "uid_pool_exhausted": "process.worker_uid_range",
     "network_pool_exhausted": "docker.network_pool",
@@ -101,8 +101,9 @@ class ProbeFailed(Exception):
         self.code = code
         self.words = words
         self.passing = passing
+        self.advice = ADVICE
 
-    def result(self, name: str, advice: str = _ADVICE) -> Result:
+    def result(self, name: str) -> Result:
         """Return what a check says that needed the report: an error, for what was not seen is not safe.
 
         Only a pool that is all taken is no reason to stay away: so many workers live, and their visitors wait.
@@ -110,19 +111,30 @@ class ProbeFailed(Exception):
         fact = f"Not seen, since the probe did not run: {self.message}"
         if key := _USED_UP.get(self.code):
             return Result(name, Severity.WARNING, fact, f"Widen {key}, then run 'by admin check'.")
-        return Result(name, Severity.ERROR, fact, advice, self.passing)
+        return Result(name, Severity.ERROR, fact, self.advice, self.passing)
 
 
 class Prober:
-    """Starts probes; `running` names those that live now, which belong to somebody."""
+    """Starts probes; `running` names those that live now, which belong to somebody.
 
-    def __init__(self, spawner: Spawner, runtime_dir: str) -> None:
+    `advice` says where to look when one does not run.
+    """
+
+    def __init__(self, spawner: Spawner, runtime_dir: str, advice: str = ADVICE) -> None:
         self._spawner = spawner
         self._runtime_dir = runtime_dir
+        self._advice = advice
         self.running: set[str] = set()
 
     async def probe(self, targets: Sequence[Target], network: str | None) -> Report:
         """Run one and return its report; when this returns, or raises, nothing of it is left. Raises ProbeFailed."""
+        try:
+            return await self._probe(targets, network)
+        except ProbeFailed as failure:
+            failure.advice = self._advice
+            raise
+
+    async def _probe(self, targets: Sequence[Target], network: str | None) -> Report:
         worker_id = _PREFIX + secrets.token_hex(12)
         nonce = secrets.token_hex(16)
         request = protocol.Spawn(0, worker_id, "probe", APP, env=_environment(nonce, targets), network=network)

@@ -79,7 +79,7 @@ class Checks:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._prober = Prober(context.spawner, context.settings.process.runtime_dir)
-        self._docker_prober = Prober(context.docker, context.settings.docker.runtime_dir)
+        self._docker_prober = Prober(context.docker, context.settings.docker.runtime_dir, docker.ADVICE)
         self._running = False
         self.latest: Run | None = None
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from blockyard_api.backends.peer import PeerUnknown, peer
 from blockyard_api.backends.spawner import SpawnerRefused, SpawnerUnreachable
-from blockyard_api.checks import docker
 from blockyard_api.checks.context import UNUSED, Context, Outcome, Seen
 from blockyard_api.checks.probe import ProbeFailed
 from blockyard_api.checks.result import Result, error, info, ok, together, warning
@@ -230,7 +229,7 @@ async def seccomp_profile(context: Context, seen: Seen) -> Result:
 
 def _engines_filter(name: str, worker: Outcome) -> Result:
     if isinstance(worker, ProbeFailed):
-        return worker.result(name, docker.ADVICE)
+        return worker.result(name)
     if not worker.filtered:
         remedy = 'Take the seccomp-profile that is "unconfined" out of the engine\'s daemon.json, then restart it.'
         return warning(name, "A Docker worker may make any system call: the engine's filter is off.", remedy)
