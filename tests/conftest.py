@@ -1,4 +1,4 @@
-"""What is shared by tests of several kinds: the booted machines."""
+"""What is shared by tests of several kinds: the booted machines, and the time that an image takes to be made."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "vm"))
 
 import machines as vm
+
+IMAGE_WITHIN = 1800  # seconds: whichever test comes first waits for the images to be made
+WAITING = [Path(__file__).parent / kind for kind in ("backends", "container")]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent in WAITING:
+            item.add_marker(pytest.mark.timeout(IMAGE_WITHIN))
 
 
 @pytest.fixture(scope="session")

@@ -114,10 +114,9 @@ def outer(policy: Mapping[str, Any], more: Mapping[str, Any]) -> bytes:
         for group in policy["group"]
     ]
     rules += [_rule(group["calls"], group["why"]) for group in more["group"]]
-    conditional = [*policy["allow"], *more.get("allow", ())]
     rules += [
         _rule([rule["call"]], rule["why"], line)
-        for rule in conditional
+        for rule in policy["allow"]
         if rule["call"] not in opened
         for line in rule["when"]
     ]

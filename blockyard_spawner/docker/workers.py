@@ -186,13 +186,10 @@ class Containers:
                 opened.callback(os.close, descriptor)  # held until the start: the inode becomes nobody else's
                 marks.append(f"{os.fstat(descriptor).st_dev}:{os.fstat(descriptor).st_ino}")
             self._make_directory(worker.id)
-            if wanted.request.network == "none":
-                await self._create(worker, container.described(self.config, wanted, "none", marks, self._log_driver))
-            else:
-                name = container.network_name(worker.id)
-                await self._create_in_network(
-                    worker, container.described(self.config, wanted, name, marks, self._log_driver)
-                )
+            isolated = wanted.request.network == "none"
+            network = "none" if isolated else container.network_name(worker.id)
+            description = container.described(self.config, wanted, network, marks, self._log_driver)
+            await (self._create if isolated else self._create_in_network)(worker, description)
             await self._engine.start(self._containers[worker.id])
             if not await self._meet(worker):
                 raise Refused("exec_failed", "See the engine's log: the container was not started.")

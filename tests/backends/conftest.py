@@ -12,14 +12,6 @@ from docker_helper import DockerHelper, engine_group
 from running_engine import Dockerd
 from running_spawner import Client, Spawner, configured_spawner
 
-IMAGE_WITHIN = 1800  # seconds: whichever test comes first waits for the worker image to be made
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.timeout(IMAGE_WITHIN))
-
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Dockerd]:

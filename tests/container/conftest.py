@@ -12,13 +12,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
 from running_container import Container, Engine, documented
 
 BY = Path(sys.executable).with_name("by")
-IMAGE_WITHIN = 1800  # seconds: whichever test comes first waits for the images to be made
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.timeout(IMAGE_WITHIN))
 
 
 @pytest.fixture(scope="session")
