@@ -25,6 +25,7 @@ from websockets.sync.client import connect
 
 USER = "blockyard-test"
 HELLO = Path(__file__).parents[3] / "examples" / "hello"
+PATIENCE = float(os.environ.get("TESTS_PATIENCE", "1"))  # how many times longer to wait: an emulated machine is slow
 
 
 def cgroup2_mount():
@@ -64,18 +65,19 @@ def archive(files):
 
 
 def wait_for(condition, seconds=20, what="the condition"):
+    seconds *= PATIENCE
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if result := condition():
             return result
         time.sleep(0.02)
-    raise AssertionError(f"{what} did not come about within {seconds} s")
+    raise AssertionError(f"{what} did not come about within {seconds:.0f} s")
 
 
 def read_until_closed(socket_, patience, each=lambda: None):
     """Read messages until the connection is closed, which raises ConnectionClosed."""
     for _ in range(1000):
-        socket_.recv(patience)
+        socket_.recv(patience * PATIENCE)
         each()
 
 
@@ -92,7 +94,8 @@ class Server:
 
     def log_in(self, token):
         self.token = token
-        self.http = httpx.Client(base_url=self.control_url, headers={"Authorization": f"Bearer {token}"}, timeout=60)
+        authorization = {"Authorization": f"Bearer {token}"}
+        self.http = httpx.Client(base_url=self.control_url, headers=authorization, timeout=60 * PATIENCE)
 
     def deploy(self, name, files, **settings):
         """Make the app if need be, deploy, open it to the public; return the finished task."""
@@ -273,7 +276,7 @@ class Visitor:
 
     def __init__(self, pair):
         self.pair = pair
-        self.http = httpx.Client(base_url=pair.relay_origin, timeout=60)
+        self.http = httpx.Client(base_url=pair.relay_origin, timeout=60 * PATIENCE)
 
     def get(self, path, browser=False, **headers):
         accept = {"Accept": "text/html,*/*"} if browser else {}
@@ -285,7 +288,7 @@ class Visitor:
             f"{self.pair.relay_origin.replace('http', 'ws')}/app/{name}/{path}",
             origin=origin or self.pair.relay_origin,
             additional_headers={**headers, **({"Cookie": cookies} if cookies else {})},
-            open_timeout=30,
+            open_timeout=30 * PATIENCE,
             close_timeout=2,
         )
 
@@ -295,5 +298,5 @@ class Visitor:
         assert self.get(f"/app/{name}/").status_code == 200
         with self.websocket(name) as socket_:
             socket_.send(json.dumps({"method": "init", "data": {".clientdata_url_search": ""}}))
-            self.hello = json.loads(socket_.recv(10))
+            self.hello = json.loads(socket_.recv(10 * PATIENCE))
             yield socket_

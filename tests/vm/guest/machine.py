@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import httpx
-from running_pair import wait_for
+from running_pair import PATIENCE, wait_for
 
 WORKERS = Path("/sys/fs/cgroup/system.slice/blockyard-workers.service")
 DAEMONS = ("blockyard-spawner.service", "blockyard-api.service")
@@ -26,7 +26,7 @@ def debian():
 
 
 def run(*command, check=True, timeout=120):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout * PATIENCE, check=False)
     assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done
 

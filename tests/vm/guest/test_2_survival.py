@@ -5,7 +5,7 @@ import re
 
 import pytest
 from machine import active, answers, audit, kill_main, r_process, systemctl, unit
-from running_pair import read_until_closed, simple_app, wait_for
+from running_pair import PATIENCE, read_until_closed, simple_app, wait_for
 from websockets.exceptions import ConnectionClosed
 
 COUNTS = """
@@ -48,7 +48,7 @@ def stay(server):
 def say(socket_, word):
     """Send a word to the app over a session's WebSocket, and wait for its echo."""
     socket_.send(json.dumps({"method": "update", "data": {"said": word}}))
-    while f'"echo":"{word}"' not in socket_.recv(60):
+    while f'"echo":"{word}"' not in socket_.recv(60 * PATIENCE):
         pass
 
 

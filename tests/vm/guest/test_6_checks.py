@@ -55,14 +55,15 @@ def configured(server, *lines):
 @contextlib.contextmanager
 def dropped_in(name, text):
     """Put a drop-in in place for a while; to restart what it is for is the caller's."""
-    directory = Path("/etc/systemd/system", f"{name}.d")
-    directory.mkdir(exist_ok=True)
+    directory = Path("/run/systemd/system", f"{name}.d")
+    directory.mkdir(parents=True)
     (directory / "test.conf").write_text(text)
     systemctl("daemon-reload")
     try:
         yield
     finally:
         (directory / "test.conf").unlink()
+        directory.rmdir()
         systemctl("daemon-reload")
 
 
