@@ -12,6 +12,7 @@ from blockyard_api.relay import head as heads
 from blockyard_api.relay.body import LAST_CHUNK, BadBody, ChunkedDecoder, chunk
 from blockyard_api.relay.gate import Forward, Gate, Reply, RequestHead, Tracker, Upstream, UpstreamError, Verdict
 from blockyard_api.relay.head import BadHead, Request, Response
+from blockyard_api.relay.splice import Splice
 from blockyard_api.relay.upstream import HungUp, Pool, TooSlow, WorkerConnection
 from blockyard_api.relay.websocket import Tunnel
 
@@ -83,6 +84,7 @@ class ClientConnection(asyncio.Protocol):
         "_peer",
         "_pool",
         "_probes",
+        "_progress",
         "_quiet",
         "_reading",
         "_relay",
@@ -132,6 +134,7 @@ class ClientConnection(asyncio.Protocol):
         self._quiet = 0  # ticks since something came
         self._stalled = 0
         self._buffered = 0
+        self._progress = (0, 0)  # of a splice
         self._probes = 0
         self.wants_body = True
         self.websocket = False
@@ -167,15 +170,14 @@ class ClientConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Hold the worker back."""
         self._paused = True
-        if self._worker is not None and not self._worker.transport.is_closing():
-            self._worker.transport.pause_reading()
+        if self._worker is not None:
+            self._worker.hold_back()
 
     def resume_writing(self) -> None:
         """Let the worker go on, or begin with the next request."""
         self._paused = False
         if self._worker is not None:
-            if not self._worker.transport.is_closing():
-                self._worker.transport.resume_reading()
+            self._worker.go_on()
         elif self._state == _BETWEEN and self._held:
             self._continue()
 
@@ -302,7 +304,7 @@ class ClientConnection(asyncio.Protocol):
         self._quiet = 0
         connection.begin(self, heads.request_head(self._request, self._forward, self._forwarded))
         if self._paused:
-            connection.transport.pause_reading()
+            connection.hold_back()
         if not self._uploaded:
             data, self._held = self._held, b""
             if data:
@@ -381,14 +383,18 @@ class ClientConnection(asyncio.Protocol):
             for piece in pieces:
                 self._transport.write(piece)
 
+    def sink(self) -> asyncio.Transport | None:
+        """Return the visitor's transport, for a body of known length."""
+        return None if self._transport.is_closing() else self._transport
+
     def ended(self) -> None:
         """End the response; give the worker's connection back."""
         if self._chunking:
             self._transport.write(LAST_CHUNK)
         worker, self._worker = self._worker, None
         if worker is not None:
-            if self._paused and not worker.transport.is_closing():
-                worker.transport.resume_reading()
+            if self._paused:
+                worker.go_on()
             worker.release(reusable=self._uploaded)
         self._finish()
 
@@ -506,7 +512,9 @@ class ClientConnection(asyncio.Protocol):
             return
         self._age += 1
         self._quiet += 1
-        if self._transport.is_closing() or self._paused:
+        if self._worker is not None and self._worker.splice is not None:
+            self._tick_splice(patience, self._worker.splice)
+        elif self._transport.is_closing() or self._paused:
             self._tick_stalled(patience)
         elif self._state == _LINGERING:
             if self._age > patience.linger:
@@ -525,6 +533,16 @@ class ClientConnection(asyncio.Protocol):
         self._buffered = buffered
         if self._stalled > patience.stall:
             self._transport.abort()
+
+    def _tick_splice(self, patience: Patience, splice: Splice) -> None:
+        if splice.progress != self._progress:
+            self._progress = splice.progress
+            self._quiet = 0
+        elif splice.waits_for_visitor:
+            if self._quiet > patience.stall:
+                self._transport.abort()
+        else:
+            self._tick_exchange(patience)
 
     def _tick_exchange(self, patience: Patience) -> None:
         if self._eof and not self._responded and self._request.minor and self._probes < 3:

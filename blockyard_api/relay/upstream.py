@@ -9,6 +9,7 @@ from typing import Final, Protocol, cast
 from blockyard_api.relay.body import BadBody, ChunkedDecoder
 from blockyard_api.relay.gate import Upstream, UpstreamError
 from blockyard_api.relay.head import END, MAX_HEAD, BadHead, Response, parse_response
+from blockyard_api.relay.splice import FROM, Splice, Unsupported
 
 _MAX_INTERIM: Final = 16
 _DIAL_WITHIN: Final = 10.0  # seconds; a Unix socket connects at once unless its backlog is full
@@ -50,6 +51,9 @@ class Exchange(Protocol):
     def body(self, pieces: list[bytes]) -> None:
         """More of the body came."""
 
+    def sink(self) -> asyncio.Transport | None:
+        """Return where the rest of a body of known length can go without this process; None if the visitor left."""
+
     def ended(self) -> None:
         """The body is complete."""
 
@@ -74,6 +78,7 @@ class WorkerConnection(asyncio.Protocol):
         "_pool",
         "_sock",
         "age",
+        "splice",
         "transport",
         "used",
     )
@@ -90,6 +95,7 @@ class WorkerConnection(asyncio.Protocol):
         self._interim = 0
         self._keep = True
         self._decoder: ChunkedDecoder | None = None
+        self.splice: Splice | None = None  # the rest of the body, if nobody here reads it
         self.used = False  # for an earlier exchange
         self.age = 0  # ticks in the pool
 
@@ -113,8 +119,19 @@ class WorkerConnection(asyncio.Protocol):
     def abandon(self) -> None:
         """Break off: the visitor went away, or nothing that comes can be of use."""
         self._exchange = None
+        self._stop_splice()
         self._pool.free_place()
         self.transport.abort()
+
+    def hold_back(self) -> None:
+        """Read no more for now: the visitor does not take what there is."""
+        if self.splice is None and not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def go_on(self) -> None:
+        """Read on."""
+        if self.splice is None and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def detach(self) -> asyncio.Transport:
         """Give up the transport, which becomes one end of a tunnel."""
@@ -156,6 +173,7 @@ class WorkerConnection(asyncio.Protocol):
         """Tell a good end from a bad one."""
         if error is not None and self._exchange is not None and self._mode == _HEAD:
             self._read_last_words()
+        self._stop_splice()
         exchange, self._exchange = self._exchange, None
         if exchange is None:
             self._pool.discard(self)
@@ -219,6 +237,8 @@ class WorkerConnection(asyncio.Protocol):
                 self._refuse(exchange, "the worker sent more than it announced")
             else:
                 exchange.responded(response, data, has_body=has_body, ended=not self._left)
+                if self._left >= FROM and self._exchange is exchange:
+                    self._begin_splice(exchange)
         elif response.chunked:
             self._mode = _CHUNKED
             self._decoder = ChunkedDecoder()
@@ -251,6 +271,31 @@ class WorkerConnection(asyncio.Protocol):
         if decoder.done and self._exchange is exchange:
             self._keep = self._keep and not rest
             exchange.ended()
+
+    def _begin_splice(self, exchange: Exchange) -> None:
+        sink = exchange.sink()
+        if sink is None:
+            return
+        with contextlib.suppress(OSError):  # out of descriptors: it is copied, then
+            splice = Splice(self._sock.fileno(), sink, self._left, self._splice_ended)
+            self.hold_back()
+            self.splice = splice
+
+    def _splice_ended(self, error: Exception | None) -> None:
+        exchange, self.splice = cast("Exchange", self._exchange), None
+        if error is None:
+            self._keep = False  # nobody looked at what may have come after the body
+            exchange.ended()
+        elif isinstance(error, Unsupported):
+            self.go_on()
+        else:
+            self.abandon()
+            exchange.lost(HungUp(str(error)), untouched=False)
+
+    def _stop_splice(self) -> None:
+        if self.splice is not None:
+            self.splice.close()
+            self.splice = None
 
     def _refuse(self, exchange: Exchange, why: str) -> None:
         self.abandon()
