@@ -1,7 +1,7 @@
-"""Part: the Docker backend: cold start beside `docker run` of the same image and app, and beside the process backend.
+"""Part: Docker: cold starts of both backends and of the pair in a container, beside `docker run` of the same app.
 
-The engine is the tests' own (`tests/backends/running_engine.py`), with the worker image that scripts/build-worker-image
-makes.
+The engines are the tests' own (`tests/backends/running_engine.py`), with the images that scripts/build-worker-image and
+scripts/build-image make.
 """
 
 import contextlib
@@ -12,24 +12,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "backends"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "host"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "host" / "api"))
+sys.path.extend(
+    str(Path(__file__).parents[2] / "tests" / place) for place in ("container", "backends", "host", "host/api")
+)
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _measure import Options, Row
 from docker_helper import engine_group
 from docker_pair import DockerPair
+from running_container import Container, Engine, documented
 from running_engine import IMAGE, Dockerd
 from running_pair import HELLO, simple_app, wait_for
 from whole_pair import REQUEST, connected, hello_files, our_start
 
+from blockyard_api.hardening import seccomp
+
 _BRIDGE = "plain"
 _MESSAGES = 200
 _ECHO = "function(input, output, session) observeEvent(input$n, session$sendCustomMessage('echo', input$n))"
-TITLE = "The Docker backend, examples/hello"
+TITLE = "Docker: its backend, and the pair in a container; examples/hello"
 _PLAIN = (
     "shiny::runApp('/app', port = structure('/run/worker/app.sock', mask = strtoi('0111', 8)), launch.browser = FALSE)"
 )
@@ -37,8 +41,12 @@ _PLAIN = (
 
 def run(options: Options) -> list[Row]:
     """Measure all of it."""
-    times: dict[str, list[float]] = {"run": [], "docker": [], "process": []}
-    with Dockerd(engine_group()) as engine, DockerPair("bench", engine) as pair:
+    times: dict[str, list[float]] = {"run": [], "docker": [], "process": [], "container": []}
+    with (
+        Dockerd(engine_group()) as engine,
+        DockerPair("bench", engine) as pair,
+        _pair_in_a_container(options.directory) as container,
+    ):
         engine.run(
             "network", "create", "--subnet", "10.213.99.0/28", _BRIDGE
         )  # as docker0 is there, which the tests lack
@@ -53,6 +61,7 @@ def run(options: Options) -> list[Row]:
                 pair.http.post("/api/v1/apps/hello/disable")
                 wait_for(lambda: not pair.workers("hello") and not pair.docker_leftovers(), what="the worker's end")
                 pair.http.post("/api/v1/apps/hello/enable")
+            times["container"].append(_start_inside(container))
         for _ in range(options.rounds):
             for backend in ("docker", "process"):
                 pair.http.patch("/api/v1/apps/echo", json={"backend": backend})
@@ -61,6 +70,7 @@ def run(options: Options) -> list[Row]:
     return [
         _ratio("cold start, Docker worker ÷ docker run, first byte", medians, "docker", "run", "≤ 1.10"),
         _ratio("cold start, process ÷ Docker, first byte", medians, "process", "docker", "≤ 0.70"),
+        _ratio("cold start, pair in a container ÷ process, first byte", medians, "container", "process", ""),
         _ratio("a message to the app and back, p50, Docker ÷ process", _medians(trips), "docker", "process", "≤ 1.3"),
     ]
 
@@ -114,3 +124,25 @@ def _plain_run(engine: Dockerd) -> float:
     process.wait()
     shutil.rmtree(directory)
     return took
+
+
+@contextlib.contextmanager
+def _pair_in_a_container(directory: Path) -> Iterator[Container]:
+    """Run the container of docs/container.md, in an engine of its own, with the app in it."""
+    profile = directory / "seccomp.json"
+    profile.write_bytes(seccomp.outer(seccomp.read_policy(), seccomp.read_outer()))
+    with Engine(0) as engine, Container(engine, documented(profile), name="blockyard") as container:
+        container.wait_until_served()
+        container.deploy_hello()
+        yield container
+
+
+def _start_inside(container: Container) -> float:
+    """Time the first byte of the app that no worker in the container runs yet, at the published port."""
+    container.inside("by disable hello")
+    show = "by get hello --runtime --json"
+    container.wait_for(
+        lambda: all(each["ended_at"] for each in json.loads(container.inside(show))["runtime"]["workers"])
+    )
+    container.inside("by enable hello")
+    return container.seconds_to_first_byte()

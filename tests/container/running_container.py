@@ -110,9 +110,16 @@ class Container:
 
     def page(self) -> str:
         """Get the app's page as a browser on the engine's host does, at the published port."""
+        return self._visit("--output", "-")
+
+    def seconds_to_first_byte(self) -> float:
+        """Visit the app there; return how long its page took to begin."""
+        return float(self._visit("--fail", "--output", "/dev/null", "--write-out", "%{time_starttransfer}"))
+
+    def _visit(self, *options: str) -> str:
         argv = ["nsenter", f"--net={self.engine.root}/net", "curl", "--silent", "--show-error", "--max-time", "60"]
         address = "http://127.0.0.1:8081/app/hello/"
-        done = subprocess.run([*argv, address], check=False, capture_output=True, text=True, timeout=90)
+        done = subprocess.run([*argv, *options, address], check=False, capture_output=True, text=True, timeout=90)
         assert done.returncode == 0, done.stderr + self.log()
         return done.stdout
 
