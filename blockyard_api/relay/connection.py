@@ -12,6 +12,7 @@ from blockyard_api.relay import head as heads
 from blockyard_api.relay.body import LAST_CHUNK, BadBody, ChunkedDecoder, chunk
 from blockyard_api.relay.gate import Forward, Gate, Reply, RequestHead, Tracker, Upstream, UpstreamError, Verdict
 from blockyard_api.relay.head import BadHead, Request, Response
+from blockyard_api.relay.origin import Origin
 from blockyard_api.relay.splice import Splice
 from blockyard_api.relay.upstream import HungUp, Pool, TooSlow, WorkerConnection
 from blockyard_api.relay.websocket import Tunnel
@@ -51,8 +52,8 @@ class Surroundings(Protocol):
     def pool(self, upstream: Upstream) -> Pool:
         """Return the pool of a worker."""
 
-    def origin(self, peer: str, request: Request) -> tuple[str, bool, bytes]:
-        """Return the visitor's address, whether https was used, and the X-Forwarded fields for the worker."""
+    def origin(self, peer: str) -> Origin:
+        """Return what tells whose the requests of a connection are."""
 
 
 # What a connection is doing. Plain numbers: an Enum's members cost a look-up each, several times a request.
@@ -80,6 +81,7 @@ class ClientConnection(asyncio.Protocol):
         "_held",
         "_keep",
         "_left",
+        "_origin",
         "_paused",
         "_peer",
         "_pool",
@@ -104,6 +106,7 @@ class ClientConnection(asyncio.Protocol):
     )
 
     _transport: asyncio.Transport
+    _origin: Origin
     _request: Request  # meaningful while DECIDING or RELAYING, as is what is set beside it
     _head: RequestHead
     _forward: Forward
@@ -146,6 +149,7 @@ class ClientConnection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         self._peer = str(peer[0]).removeprefix("::ffff:") if isinstance(peer, tuple) else ""
+        self._origin = self._relay.origin(self._peer)
         refusal = self._relay.arrived(self, self._peer)
         if refusal is not None:
             self._refuse(refusal)
@@ -241,7 +245,7 @@ class ClientConnection(asyncio.Protocol):
         self._read(on=True)
 
     def _admit(self, request: Request) -> None:
-        client, secure, self._forwarded = self._relay.origin(self._peer, request)
+        client, secure, self._forwarded = self._origin.of(request)
         self._head = RequestHead(request.method, request.target, request.headers, client, secure, request.websocket)
         self._state = _DECIDING
         try:

@@ -116,6 +116,10 @@ _RESPONSE_FIELDS: Final[Mapping[bytes, bool]] = {
     ),
 }
 
+# Spared the folding, too: what is interpreted, as nearly everybody spells it.
+_USUAL_REQUEST: Final = {b"Host": b"host", b"Connection": b"connection", b"Cookie": b"cookie", b"Upgrade": b"upgrade"}
+_USUAL_RESPONSE: Final = {b"Content-Length": b"content-length", b"Connection": b"connection"}
+
 
 class BadHead(Exception):
     """A head that is refused; `status` is what a client is told (a worker's bad head is always a 502)."""
@@ -150,13 +154,18 @@ class Request:
         if name in _ORDINARY:
             self.kept += (name, b": ", value, b"\r\n")
             return
-        key = name.translate(_FOLD)
-        interpreted = _REQUEST_FIELDS.get(key)
-        if interpreted is None:
-            if not key.startswith(_RESERVED):
+        key = _USUAL_REQUEST.get(name)
+        if key is None:
+            key = name.translate(_FOLD)
+            interpreted = _REQUEST_FIELDS.get(key)
+            if interpreted is None and not key.startswith(_RESERVED):
                 self.kept += (name, b": ", value, b"\r\n")
-        elif interpreted and b"_" not in name:
-            self.special.setdefault(key, []).append(value)
+            if not interpreted or b"_" in name:
+                return
+        if key in self.special:
+            self.special[key].append(value)
+        else:
+            self.special[key] = [value]
 
 
 class Response:
@@ -178,12 +187,18 @@ class Response:
         if name in _ORDINARY:
             self.kept += (name, b": ", value, b"\r\n")
             return
-        key = name.translate(_FOLD)
-        interpreted = _RESPONSE_FIELDS.get(key)
-        if interpreted is None:
-            self.kept += (name, b": ", value, b"\r\n")
-        elif interpreted and b"_" not in name:
-            self.special.setdefault(key, []).append(value)
+        key = _USUAL_RESPONSE.get(name)
+        if key is None:
+            key = name.translate(_FOLD)
+            interpreted = _RESPONSE_FIELDS.get(key)
+            if interpreted is None:
+                self.kept += (name, b": ", value, b"\r\n")
+            if not interpreted or b"_" in name:
+                return
+        if key in self.special:
+            self.special[key].append(value)
+        else:
+            self.special[key] = [value]
 
 
 def parse_request(raw: bytes) -> Request:

@@ -1,9 +1,48 @@
 """Who is asking, where trusted proxies stand between: X-Forwarded-For, followed back. Pure."""
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from blockyard_api.relay.head import Request
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Origin:
+    """Whose the requests of one connection are."""
+
+    __slots__ = ("_first", "_peer", "_secure", "_trusted")
+
+    def __init__(self, peer: str, trusted: Sequence[Network], *, secure: bool) -> None:
+        """`secure` says that the public reaches this server by https, unless a trusted proxy knows better."""
+        self._peer, self._secure = peer, secure
+        self._trusted = trusted if is_within(peer, trusted) else ()
+        self._first = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: " % (
+            peer.encode(),
+            b"https" if secure else b"http",
+        )
+
+    def of(self, request: Request) -> tuple[str, bool, bytes]:
+        """Return the visitor's address, whether https was used, and the X-Forwarded fields for the worker."""
+        host = request.host or b"localhost"
+        if not self._trusted:
+            return self._peer, self._secure, self._first + host + b"\r\n"
+        return self._told_by_proxy(request.special, host)
+
+    def _told_by_proxy(self, said: Mapping[bytes, list[bytes]], host: bytes) -> tuple[str, bool, bytes]:
+        hops = [
+            hop.strip(b" \t").decode("latin-1") for line in said.get(b"x-forwarded-for", ()) for hop in line.split(b",")
+        ]
+        secure = self._secure
+        proto = said.get(b"x-forwarded-proto", [])
+        if proto in ([b"http"], [b"https"]):
+            secure = proto == [b"https"]
+        fields = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n" % (
+            ", ".join([*hops, self._peer]).encode("latin-1"),
+            b"https" if secure else b"http",
+            said.get(b"x-forwarded-host", [host])[0],
+        )
+        return original_address(self._peer, hops, self._trusted), secure, fields
 
 
 def original_address(peer: str, hops: Sequence[str], trusted: Sequence[Network]) -> str:

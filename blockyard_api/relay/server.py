@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from blockyard_api.relay.connection import ClientConnection, Patience
 from blockyard_api.relay.gate import Gate, Reply, Upstream
-from blockyard_api.relay.head import Request, refusal
-from blockyard_api.relay.origin import Network, is_within, original_address
+from blockyard_api.relay.head import refusal
+from blockyard_api.relay.origin import Network, Origin, is_within
 from blockyard_api.relay.upstream import Pool
 
 
@@ -151,31 +151,9 @@ class Relay:
             entry = self._pools[id(upstream)] = (upstream, pool)
         return entry[1]
 
-    def origin(self, peer: str, request: Request) -> tuple[str, bool, bytes]:
-        """Return the visitor's address, whether https was used, and the X-Forwarded fields for the worker."""
-        host = request.host or b"localhost"
-        if not is_within(peer, self._trusted):
-            scheme = b"https" if self._secure else b"http"
-            fields = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n"
-            return peer, self._secure, fields % (peer.encode(), scheme, host)
-        return self._origin_behind_proxy(peer, request, host)
-
-    def _origin_behind_proxy(self, peer: str, request: Request, host: bytes) -> tuple[str, bool, bytes]:
-        said = request.special
-        hops = [
-            hop.strip(b" \t").decode("latin-1") for line in said.get(b"x-forwarded-for", ()) for hop in line.split(b",")
-        ]
-        client = original_address(peer, hops, self._trusted)
-        secure = self._secure
-        proto = said.get(b"x-forwarded-proto", [])
-        if proto in ([b"http"], [b"https"]):
-            secure = proto == [b"https"]
-        fields = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n" % (
-            ", ".join([*hops, peer]).encode("latin-1"),
-            b"https" if secure else b"http",
-            said.get(b"x-forwarded-host", [host])[0],
-        )
-        return client, secure, fields
+    def origin(self, peer: str) -> Origin:
+        """Return what tells whose the requests of a connection are."""
+        return Origin(peer, self._trusted, secure=self._secure)
 
     def _on_tick(self) -> None:
         for connection in list(self._connections):
