@@ -19,7 +19,7 @@ PORT = "/dev/virtio-ports/results"
 STATE = Path("/var/lib/blockyard")
 PYTHON = "/opt/blockyard/venv/bin/python"
 RUNTIME = Path("/run/blockyard/workers")
-UP_WITHIN = 600  # seconds, under emulation and on a busy machine
+UP_WITHIN = 1200  # seconds, under emulation and on a busy machine
 
 
 def pytest_collection_modifyitems(config, items):
