@@ -4,6 +4,7 @@ Nothing of a head is passed on as it came: what llhttp found is filtered and wri
 same framing.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from email.utils import formatdate
@@ -235,7 +236,7 @@ def _interpret_request(request: Request) -> None:
     if request.host is None:
         if request.minor:
             raise BadHead("The Host field is missing.")
-    elif not _HOST.fullmatch(request.host):
+    elif not _is_host(request.host):
         raise BadHead("The Host field is malformed.")
     if b"cookie" in special:
         for value in special[b"cookie"]:
@@ -249,6 +250,11 @@ def _interpret_request(request: Request) -> None:
             raise BadHead("Only 100-continue can be expected.", 417)
         request.expects_continue = request.minor == 1
     _heed_connection(request)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_host(value: bytes) -> bool:
+    return bool(_HOST.fullmatch(value))
 
 
 def _heed_connection(request: Request) -> None:
@@ -342,13 +348,17 @@ def parse_response(raw: bytes) -> Response:
         pass  # a 101: whether it was asked for is the exchange's to know
     except HttpParserError as error:
         raise BadHead("The response head is malformed.") from error
-    line = _STATUS_LINE.match(raw)
-    if line is None:
-        raise BadHead("The status line is malformed.")
-    response.status = int(raw[9:12])
-    response.line = raw[8 : line.end()]
-    _interpret_response(response, minor=raw[7] - 0x30)
+    response.status, response.line, minor = _status_line(raw[: raw.find(b"\n") + 1])
+    _interpret_response(response, minor)
     return response
+
+
+@functools.lru_cache(maxsize=64)  # a worker has few of them, and the longest is MAX_HEAD
+def _status_line(line: bytes) -> tuple[int, bytes, int]:
+    """Return the status, what follows the version, and the version's second number. Raises BadHead."""
+    if not _STATUS_LINE.fullmatch(line):
+        raise BadHead("The status line is malformed.")
+    return int(line[9:12]), line[8:], line[7] - 0x30
 
 
 def _interpret_response(response: Response, minor: int) -> None:
