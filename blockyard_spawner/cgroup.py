@@ -58,7 +58,7 @@ class Cgroups:
         """
         directory = self.directory(name)
         try:
-            if not self.controllers or not directory.parent.exists():  # the unit may have been stopped and started
+            if not directory.parent.exists():  # the unit may have been stopped and started
                 self.prepare()
         except FileNotFoundError as error:
             if unlimited:
