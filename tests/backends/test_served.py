@@ -3,10 +3,7 @@
 import contextlib
 import json
 import subprocess
-import threading
-import time
 
-import httpx
 import pytest
 from docker_pair import DockerPair
 from running_pair import HELLO, archive, simple_app, wait_for
@@ -125,29 +122,3 @@ def test_a_docker_worker_outlives_a_restart_of_the_api(pair):
         wait_for(lambda: pair.workers("plain"), what="the takeover")
         assert [worker["id"] for worker in pair.workers("plain")] == [worker["id"] for worker in before]
         assert visitor.get("/app/plain/").status_code == 200
-
-
-@pytest.mark.parametrize("delay", [0.05, 0.6])
-def test_an_api_that_is_killed_in_the_middle_of_a_start_leaves_nothing_that_belongs_to_nobody(engine, request, delay):
-    settings = 'proxy.health_interval = "500ms"'
-    with DockerPair(request.node.name, engine, settings) as pair:
-        pair.deploy("plain", simple_app(), backend="docker")
-        opening = threading.Thread(target=_opened, args=(pair.visitor(),), daemon=True)
-        opening.start()
-        time.sleep(delay)
-        pair.kill("api")
-        pair.start_api()
-
-        def all_owned():
-            owned = {f"blockyard-{worker['id']}" for worker in pair.workers("plain")}
-            return set(pair.containers()) == owned
-
-        wait_for(all_owned, what="the end of what belongs to nobody")
-        assert pair.visitor().get("/app/plain/").status_code == 200
-        pair.http.post("/api/v1/apps/plain/disable")
-        wait_for(lambda: not pair.docker_leftovers(), what="the end of all")
-
-
-def _opened(visitor):
-    with contextlib.suppress(httpx.HTTPError):
-        visitor.get("/app/plain/")
