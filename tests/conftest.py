@@ -26,3 +26,8 @@ def machines(request, tmp_path_factory):
     wanted = {item.callspec.params["debian"] for item in request.session.items if item.path.parent == here}
     with vm.running(sorted(wanted), tmp_path_factory.mktemp("machines")) as ended:
         yield ended
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machines_beside(machines) -> None:
+    """From the first test on the booted machines run beside: they take longest, and others wait much of the time."""

@@ -6,11 +6,6 @@ import pytest
 from running_spawner import Client, Spawner, configured_spawner
 
 
-@pytest.fixture(scope="session", autouse=True)
-def machines_beside(machines) -> None:
-    """From here on the booted machines run beside: these tests wait most of the time, and the machines take longest."""
-
-
 @pytest.fixture
 def stopped_spawner() -> Iterator[Spawner]:
     """A spawner that is configured, but not started."""
