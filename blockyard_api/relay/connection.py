@@ -14,7 +14,7 @@ from blockyard_api.relay.gate import Forward, Gate, Reply, RequestHead, Tracker,
 from blockyard_api.relay.head import BadHead, Request, Response
 from blockyard_api.relay.origin import Origin
 from blockyard_api.relay.splice import Splice
-from blockyard_api.relay.upstream import HungUp, Pool, TooSlow, WorkerConnection
+from blockyard_api.relay.upstream import COPIED, HungUp, Piece, Pool, TooSlow, WorkerConnection
 from blockyard_api.relay.websocket import Tunnel
 
 _logger: Final = logging.getLogger(__name__)
@@ -354,7 +354,7 @@ class ClientConnection(asyncio.Protocol):
         if self._request.minor and (response.status != 100 or self._request.expects_continue):
             self._transport.write(heads.response_head(response, (), b""))
 
-    def responded(self, response: Response, body: bytes, *, has_body: bool, ended: bool) -> None:
+    def responded(self, response: Response, body: Piece, *, has_body: bool, ended: bool) -> None:
         """Send the head, framed for this client, and the first of the body."""
         self._quiet = 0
         self._responded = True
@@ -374,7 +374,10 @@ class ClientConnection(asyncio.Protocol):
         elif not request.minor:
             framing += b"Connection: keep-alive\r\n"
         written = heads.response_head(response, self._forward.response_headers, framing)
-        self._transport.write(written + body if body else written)
+        if len(body) < COPIED:
+            self._transport.write(written + body)
+        else:
+            self._transport.writelines((written, body))
         if ended:
             self.ended()
 

@@ -14,6 +14,9 @@ from blockyard_api.relay.splice import FROM, Splice, Unsupported
 _MAX_INTERIM: Final = 16
 _DIAL_WITHIN: Final = 10.0  # seconds; a Unix socket connects at once unless its backlog is full
 
+COPIED: Final = 8192  # bytes; more are handed on where they are, which is dearer for fewer
+Piece = bytes | memoryview
+
 _HEAD, _LENGTH, _CHUNKED, _UNTIL_CLOSE = range(4)
 
 
@@ -45,7 +48,7 @@ class Exchange(Protocol):
     def upgraded(self, response: Response, rest: bytes) -> None:
         """The worker switched to WebSocket; `rest` are its first bytes."""
 
-    def responded(self, response: Response, body: bytes, *, has_body: bool, ended: bool) -> None:
+    def responded(self, response: Response, body: Piece, *, has_body: bool, ended: bool) -> None:
         """The final head came, with the first bytes of the body, all of it if `ended`."""
 
     def body(self, pieces: list[bytes]) -> None:
@@ -194,23 +197,24 @@ class WorkerConnection(asyncio.Protocol):
     # reading
 
     def _read_head(self, exchange: Exchange, data: bytes) -> None:
+        begin = 0
         while True:
-            end = data.find(END, 0, MAX_HEAD)
+            end = data.find(END, begin, begin + MAX_HEAD)
             if end < 0:
-                self._held = data
-                if len(data) >= MAX_HEAD:
+                self._held = data[begin:]
+                if len(self._held) >= MAX_HEAD:
                     self._refuse(exchange, "the worker's response head is too large")
                 return
             try:
-                response = parse_response(data[: end + 4])
+                response = parse_response(data[begin : end + 4])
             except BadHead as bad:
                 self._refuse(exchange, bad.why)
                 return
-            data = data[end + 4 :]
+            begin = end + 4
             if response.status >= 200:
                 break
             if response.status == 101:
-                self._upgrade(exchange, response, data)
+                self._upgrade(exchange, response, data[begin:])
                 return
             self._interim += 1
             if self._interim > _MAX_INTERIM:
@@ -218,7 +222,7 @@ class WorkerConnection(asyncio.Protocol):
                 return
             exchange.interim(response)
         self._held = b""
-        self._begin_body(exchange, response, data)
+        self._begin_body(exchange, response, data[begin:] if len(data) < COPIED else memoryview(data)[begin:])
 
     def _upgrade(self, exchange: Exchange, response: Response, rest: bytes) -> None:
         if exchange.websocket and response.upgrade == b"websocket":
@@ -226,7 +230,7 @@ class WorkerConnection(asyncio.Protocol):
         else:
             self._refuse(exchange, "the worker switched protocols unasked")
 
-    def _begin_body(self, exchange: Exchange, response: Response, data: bytes) -> None:
+    def _begin_body(self, exchange: Exchange, response: Response, data: Piece) -> None:
         has_body = exchange.wants_body and response.status not in (204, 304)
         self._keep = response.keep_alive
         if not has_body or response.length is not None:
@@ -244,7 +248,7 @@ class WorkerConnection(asyncio.Protocol):
             self._decoder = ChunkedDecoder()
             exchange.responded(response, b"", has_body=True, ended=False)
             if data:
-                self._read_chunks(exchange, data)
+                self._read_chunks(exchange, bytes(data))
         else:
             self._keep = False
             self._mode = _UNTIL_CLOSE
