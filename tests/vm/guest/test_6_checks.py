@@ -7,18 +7,12 @@ import socket
 import subprocess
 from pathlib import Path
 
-from machine import answers, by, run, systemctl, unit
+from machine import answers, by, checks, run, systemctl, unit
 from running_pair import wait_for
 
 CONFIG = Path("/etc/blockyard/blockyard.toml")
 API, SPAWNER, HOLDER = "blockyard-api.service", "blockyard-spawner.service", "blockyard-workers.service"
 METADATA = "169.254.169.254"
-
-
-def checks(server):
-    answer = server.http.post("/api/v1/system/checks/run", timeout=120)
-    assert answer.status_code == 200, answer.text
-    return {one["name"]: one for one in answer.json()["checks"]}
 
 
 def says(result, severity, *words):

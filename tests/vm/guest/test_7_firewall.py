@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import CHECKOUT
-from machine import WORKERS, active, answers, as_user, knob, run, systemctl, unit
+from machine import WORKERS, active, answers, as_user, checks, knob, run, systemctl, unit
 from running_pair import simple_app, wait_for
 
 sys.path.insert(0, str(CHECKOUT))
@@ -372,8 +372,7 @@ def test_rules_that_cannot_be_made_leave_the_former_in_force_and_keep_workers_fr
 
 def firewall_check(server):
     """What the start-up check says of rules by cgroup now."""
-    found = server.http.post("/api/v1/system/checks/run", timeout=120).json()["checks"]
-    return next(check for check in found if check["name"] == "firewall")
+    return checks(server)["firewall"]
 
 
 def test_nft_rules_by_cgroup_are_loaded_again_with_the_workers_unit_and_missed_without(server, curious, loaded):

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from machine import run, systemctl, unit
+from machine import checks, run, systemctl, unit
 from running_pair import simple_app, wait_for
 
 HELPER, SOCKET = "blockyard-spawner-docker.service", "blockyard-spawner-docker.socket"
@@ -32,9 +32,9 @@ def test_the_helper_is_started_by_its_first_app_and_tells_that_no_engine_is_ther
     ).stdout
     assert "/run/docker.sock" in told
     assert unit(HELPER, "ActiveState") == "active"
-    found = {one["name"]: one for one in server.http.post("/api/v1/system/checks/run", timeout=120).json()["checks"]}
-    assert found["docker_socket"]["severity"] == "error"
-    assert "The Docker helper does not answer" in found["docker_socket"]["fact"]
+    found = checks(server)["docker_socket"]
+    assert found["severity"] == "error"
+    assert "The Docker helper does not answer" in found["fact"]
 
 
 def test_the_helper_has_no_capability_and_its_group_is_all_that_it_has(server, boxed, show):
