@@ -5,7 +5,10 @@ import re
 # The beginnings of tests that one machine alone runs, each named as file::function.
 ALONE = {
     "debian12": (
-        "test_35_told.py",
+        "test_3_limits.py",
+        "test_35_told.py::test_a_full_",
+        "test_35_told.py::test_no_secret_",
+        "test_35_told.py::test_the_workers_",
         "test_4_operating.py",
         "test_6_checks.py",
         "test_6_filter.py",
@@ -15,7 +18,7 @@ ALONE = {
         "test_9_end.py::test_removing_it_",
     ),
     "debian13": (
-        "test_3_limits.py",
+        "test_35_told.py::test_the_whole_tree_",
         "test_7_firewall.py::test_in_the_forms_of_nft_",
         "test_7_firewall.py::test_nft_rules_",
         "test_7_firewall.py::test_rules_that_cannot_be_made_",
