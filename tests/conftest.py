@@ -19,15 +19,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(IMAGE_WITHIN))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def machines(request, tmp_path_factory):
-    """A function that returns a Debian's machine after its end; those that this run wants are booted side by side."""
+    """A function that returns a Debian's machine after its end; those that this run wants are booted side by side.
+
+    They run from the first test on: they take longest, and other tests wait much of the time.
+    """
     here = Path(vm.__file__).parent
     wanted = {item.callspec.params["debian"] for item in request.session.items if item.path.parent == here}
     with vm.running(sorted(wanted), tmp_path_factory.mktemp("machines")) as ended:
         yield ended
-
-
-@pytest.fixture(scope="session", autouse=True)
-def machines_beside(machines) -> None:
-    """From the first test on the booted machines run beside: they take longest, and others wait much of the time."""

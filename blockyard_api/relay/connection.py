@@ -86,7 +86,6 @@ class ClientConnection(asyncio.Protocol):
         "_peer",
         "_pool",
         "_probes",
-        "_progress",
         "_quiet",
         "_reading",
         "_relay",
@@ -137,7 +136,6 @@ class ClientConnection(asyncio.Protocol):
         self._quiet = 0  # ticks since something came
         self._stalled = 0
         self._buffered = 0
-        self._progress = (0, 0)  # of a splice
         self._probes = 0
         self.wants_body = True
         self.websocket = False
@@ -542,8 +540,7 @@ class ClientConnection(asyncio.Protocol):
             self._transport.abort()
 
     def _tick_splice(self, patience: Patience, splice: Splice) -> None:
-        if splice.progress != self._progress:
-            self._progress = splice.progress
+        if splice.has_moved():
             self._quiet = 0
         elif splice.waits_for_visitor:
             if self._quiet > patience.stall:

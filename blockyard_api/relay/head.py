@@ -118,8 +118,8 @@ _RESPONSE_FIELDS: Final[Mapping[bytes, bool]] = {
 }
 
 # Spared the folding, too: what is interpreted, as nearly everybody spells it.
-_USUAL_REQUEST: Final = {b"Host": b"host", b"Connection": b"connection", b"Cookie": b"cookie", b"Upgrade": b"upgrade"}
-_USUAL_RESPONSE: Final = {b"Content-Length": b"content-length", b"Connection": b"connection"}
+_USUAL_REQUEST: Final = {key.title(): key for key, interpreted in _REQUEST_FIELDS.items() if interpreted}
+_USUAL_RESPONSE: Final = {key.title(): key for key, interpreted in _RESPONSE_FIELDS.items() if interpreted}
 
 
 class BadHead(Exception):
@@ -154,19 +154,10 @@ class Request:
         self.headers.append((name, value))
         if name in _ORDINARY:
             self.kept += (name, b": ", value, b"\r\n")
-            return
-        key = _USUAL_REQUEST.get(name)
-        if key is None:
-            key = name.translate(_FOLD)
-            interpreted = _REQUEST_FIELDS.get(key)
-            if interpreted is None and not key.startswith(_RESERVED):
-                self.kept += (name, b": ", value, b"\r\n")
-            if not interpreted or b"_" in name:
-                return
-        if key in self.special:
-            self.special[key].append(value)
-        else:
+        elif (key := _USUAL_REQUEST.get(name)) and key not in self.special:
             self.special[key] = [value]
+        else:
+            _sort(self, name, value, _REQUEST_FIELDS, _RESERVED)
 
 
 class Response:
@@ -187,19 +178,23 @@ class Response:
         """Sort one field (called by llhttp)."""
         if name in _ORDINARY:
             self.kept += (name, b": ", value, b"\r\n")
-            return
-        key = _USUAL_RESPONSE.get(name)
-        if key is None:
-            key = name.translate(_FOLD)
-            interpreted = _RESPONSE_FIELDS.get(key)
-            if interpreted is None:
-                self.kept += (name, b": ", value, b"\r\n")
-            if not interpreted or b"_" in name:
-                return
-        if key in self.special:
-            self.special[key].append(value)
-        else:
+        elif (key := _USUAL_RESPONSE.get(name)) and key not in self.special:
             self.special[key] = [value]
+        else:
+            _sort(self, name, value, _RESPONSE_FIELDS, ())
+
+
+def _sort(
+    head: Request | Response, name: bytes, value: bytes, meanings: Mapping[bytes, bool], reserved: tuple[bytes, ...]
+) -> None:
+    """Keep, interpret or drop a field, however it is spelled and how often it comes."""
+    key = name.translate(_FOLD)
+    interpreted = meanings.get(key)
+    if interpreted is None:
+        if not key.startswith(reserved):
+            head.kept += (name, b": ", value, b"\r\n")
+    elif interpreted and b"_" not in name:
+        head.special.setdefault(key, []).append(value)
 
 
 def parse_request(raw: bytes) -> Request:

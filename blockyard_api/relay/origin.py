@@ -11,22 +11,19 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 class Origin:
     """Whose the requests of one connection are."""
 
-    __slots__ = ("_first", "_peer", "_secure", "_trusted")
+    __slots__ = ("_direct", "_peer", "_secure", "_trusted")
 
     def __init__(self, peer: str, trusted: Sequence[Network], *, secure: bool) -> None:
         """`secure` says that the public reaches this server by https, unless a trusted proxy knows better."""
         self._peer, self._secure = peer, secure
         self._trusted = trusted if is_within(peer, trusted) else ()
-        self._first = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: " % (
-            peer.encode(),
-            b"https" if secure else b"http",
-        )
+        self._direct = _fields(peer, b"", secure=secure).removesuffix(b"\r\n")  # all but the host
 
     def of(self, request: Request) -> tuple[str, bool, bytes]:
         """Return the visitor's address, whether https was used, and the X-Forwarded fields for the worker."""
         host = request.host or b"localhost"
         if not self._trusted:
-            return self._peer, self._secure, self._first + host + b"\r\n"
+            return self._peer, self._secure, self._direct + host + b"\r\n"
         return self._told_by_proxy(request.special, host)
 
     def _told_by_proxy(self, said: Mapping[bytes, list[bytes]], host: bytes) -> tuple[str, bool, bytes]:
@@ -37,12 +34,14 @@ class Origin:
         proto = said.get(b"x-forwarded-proto", [])
         if proto in ([b"http"], [b"https"]):
             secure = proto == [b"https"]
-        fields = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n" % (
-            ", ".join([*hops, self._peer]).encode("latin-1"),
-            b"https" if secure else b"http",
-            said.get(b"x-forwarded-host", [host])[0],
-        )
+        fields = _fields(", ".join([*hops, self._peer]), said.get(b"x-forwarded-host", [host])[0], secure=secure)
         return original_address(self._peer, hops, self._trusted), secure, fields
+
+
+def _fields(addresses: str, host: bytes, *, secure: bool) -> bytes:
+    scheme = b"https" if secure else b"http"
+    fields = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n"
+    return fields % (addresses.encode("latin-1"), scheme, host)
 
 
 def original_address(peer: str, hops: Sequence[str], trusted: Sequence[Network]) -> str:

@@ -26,7 +26,19 @@ class Unsupported(Exception):
 class Splice:
     """One body on its way. It waits for the worker while its pipe is empty, and else for the visitor."""
 
-    __slots__ = ("_awaited", "_ended", "_held", "_left", "_length", "_loop", "_pipe", "_sink", "_source", "_visitor")
+    __slots__ = (
+        "_awaited",
+        "_ended",
+        "_held",
+        "_left",
+        "_length",
+        "_loop",
+        "_pipe",
+        "_seen",
+        "_sink",
+        "_source",
+        "_visitor",
+    )
 
     def __init__(
         self, source: int, visitor: asyncio.Transport, length: int, ended: Callable[[Exception | None], None]
@@ -39,6 +51,7 @@ class Splice:
         self._visitor, self._ended = visitor, ended
         self._length = self._left = length
         self._held = 0  # in the pipe
+        self._seen = (0, 0)
         self._awaited = -1
         with contextlib.ExitStack() as opened:
             # of its own: the loop lets nobody else wait for a descriptor that is a transport's
@@ -52,10 +65,10 @@ class Splice:
             fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, _PIPE)
         self._wait(self._source)
 
-    @property
-    def progress(self) -> tuple[int, int]:
-        """What changes as long as something moves."""
-        return self._left, self._held
+    def has_moved(self) -> bool:
+        """Tell whether something has moved since the last call."""
+        before, self._seen = self._seen, (self._left, self._held)
+        return self._seen != before
 
     @property
     def waits_for_visitor(self) -> bool:
