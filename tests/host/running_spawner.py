@@ -1,9 +1,11 @@
 """A real spawner in a directory of its own: real uids, a real cgroup2 mount, real bwrap and R."""
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
+import platform
 import pwd
 import shutil
 import signal
@@ -23,6 +25,9 @@ import pytest
 
 from blockyard_api.hardening import seccomp
 
+# asm/unistd.h; syscall(2) passes them to the kernel for this thread, the C library's functions do so for all threads.
+_SETRESUID, _SETRESGID = (147, 149) if platform.machine() == "aarch64" else (117, 119)
+_libc = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count(os.getpid() % 200 * 20)
 
 API_USER = "blockyard-test"
@@ -165,14 +170,22 @@ def api_user() -> pwd.struct_passwd:
 
 @contextlib.contextmanager
 def acting_as(uid: int, gid: int) -> Iterator[None]:
-    """Have another uid for what the kernel looks at when a socket is connected or a file opened."""
-    os.setegid(gid)
-    os.seteuid(uid)
+    """Have another uid for what the kernel looks at when a socket is connected or a file opened.
+
+    In this thread alone: os.seteuid() changes all, and a test's others serve, connect and kill meanwhile.
+    """
+    _change(_SETRESGID, gid)
     try:
+        _change(_SETRESUID, uid)
         yield
     finally:
-        os.seteuid(0)
-        os.setegid(0)
+        _change(_SETRESUID, 0)
+        _change(_SETRESGID, 0)
+
+
+def _change(call: int, effective: int) -> None:
+    if _libc.syscall(call, -1, effective, -1):
+        raise OSError(ctypes.get_errno(), f"system call {call} to {effective}")
 
 
 def cgroup_mount() -> Path:

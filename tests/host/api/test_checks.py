@@ -26,6 +26,7 @@ import httpx
 import msgpack
 import pytest
 from running_pair import Pair, ensure_user, simple_app, wait_for
+from running_spawner import acting_as
 
 from blockyard_api import settings
 from blockyard_api.backends.spawner import Spawner
@@ -234,15 +235,10 @@ def test_somebody_else_behind_the_spawners_socket_is_an_error(checked):
     pair.spawner_socket.unlink()
     os.chmod(pair.spawner_socket.parent, 0o777)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    os.setegid(65534)
-    os.seteuid(65534)
-    try:
+    with acting_as(65534, 65534):
         listener.bind(str(pair.spawner_socket))
         listener.listen()
         os.chmod(pair.spawner_socket, 0o666)
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
 
     def answer():
         with contextlib.suppress(OSError):
