@@ -32,6 +32,13 @@ def positive_duration(value: object) -> float:
     return seconds
 
 
+def preflight_duration(value: object) -> float:
+    """A duration above zero, two of which fit into the 90 s that systemd gives a start."""
+    if (seconds := positive_duration(value)) > 40:
+        raise ValueError("a duration of 40s at most")
+    return seconds
+
+
 def bind(value: object) -> tuple[str, int]:
     """Address and port from "127.0.0.1:8080" or "[::1]:8080"."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+)):([0-9]{1,5})", config.text(value))
@@ -129,6 +136,7 @@ KEYS: Mapping[str, Key] = {
     "server.log_level": Key(config.choice("debug", "info", "warning", "error"), "info"),
     "server.shutdown_timeout": Key(positive_duration, 10.0),
     "server.skip_preflight": Key(config.boolean, False),
+    "server.preflight_timeout": Key(preflight_duration, 10.0),
     "storage.bundle_retention": Key(config.integer(1, 10_000), 50),
     "storage.max_bundle_size": Key(config.size, 100 << 20),
     "database.driver": Key(config.choice("sqlite"), "sqlite"),
@@ -165,6 +173,7 @@ class Server:
     log_level: str
     shutdown_timeout: float  # seconds
     skip_preflight: bool
+    preflight_timeout: float  # seconds, for one run of all checks
     default_memory_limit: int | None  # bytes
     default_cpu_limit: int | None  # thousandths of a core
     worker_env: Mapping[str, str]

@@ -23,7 +23,6 @@ from blockyard_spawner import protocol
 
 APP = "blockyard_probe"  # in the audit; no app is named so: an app's name has no underscore
 _PREFIX = "probe"  # of its worker's id; those of apps are hexadecimal
-_WITHIN = 6.0  # seconds from the request to the last line
 _END_WITHIN = 2.0  # seconds
 _MOST_OUTPUT = 1 << 20  # bytes
 _PART = 4000  # characters of one environment variable; the protocol takes 4096
@@ -117,12 +116,14 @@ class ProbeFailed(Exception):
 class Prober:
     """Starts probes; `running` names those that live now, which belong to somebody.
 
-    `advice` says where to look when one does not run.
+    `within` is how many seconds one has from the request to its last line, `advice` says where to look when one does
+    not run.
     """
 
-    def __init__(self, spawner: Spawner, runtime_dir: str, advice: str = ADVICE) -> None:
+    def __init__(self, spawner: Spawner, runtime_dir: str, within: float, advice: str = ADVICE) -> None:
         self._spawner = spawner
         self._runtime_dir = runtime_dir
+        self._within = within
         self._advice = advice
         self.running: set[str] = set()
 
@@ -141,10 +142,10 @@ class Prober:
         output = _Output()
         self.running.add(worker_id)
         try:
-            async with asyncio.timeout(_WITHIN):
+            async with asyncio.timeout(self._within):
                 return await self._run(request, nonce, targets, output)
         except TimeoutError as failure:
-            message = f"it did not end within {_WITHIN:.0f} s."
+            message = f"it did not end within {self._within:g} s."
             raise ProbeFailed(message, words=output.last_words(), passing=True) from failure
         except SpawnerRefused as failure:
             raise ProbeFailed(failure.message, code=failure.code) from failure

@@ -767,6 +767,17 @@ def test_a_spawner_that_is_being_restarted_delays_the_start_and_no_more(checked)
     wait_for(lambda: pair.http.get("/readyz").status_code == 200, what="readiness")
 
 
+@pytest.mark.parametrize(("timeout", "severity"), [("1s", "error"), ("20s", "ok")])
+def test_what_is_slower_than_the_checks_timeout_is_an_error_and_passes_with_a_longer_one(checked, timeout, severity):
+    pair = checked(f'server.preflight_timeout = "{timeout}"')
+    pair.spawner.send_signal(signal.SIGSTOP)
+    going_on = threading.Timer(3, pair.spawner.send_signal, [signal.SIGCONT])
+    going_on.start()
+    link = found(pair, "spawner_link")
+    going_on.join()
+    says(link, severity, *(["within 0.3 s", "preflight_timeout"] if severity == "error" else []))
+
+
 def test_a_restart_keeps_live_sessions_and_takes_the_probe_for_no_worker_of_an_app(checked):
     pair = checked(preflight=True)
     pair.deploy("plain", simple_app())

@@ -67,7 +67,7 @@ async def host():
         return False
 
     spawner.client = Spawner(str(spawner.path), cannot_revive)
-    spawner.prober = Prober(spawner.client, str(spawner.runtime_dir))
+    spawner.prober = Prober(spawner.client, str(spawner.runtime_dir), 6.0)
     yield spawner
     spawner.client.close()
     assert not spawner.prober.running
@@ -123,8 +123,8 @@ async def test_a_report_that_is_not_whole_is_none(host, report, words):
     assert caught.value.result("worker_egress").severity is Severity.ERROR
 
 
-async def test_a_probe_that_does_not_come_to_its_end_is_given_up_and_ended(host, monkeypatch):
-    monkeypatch.setattr("blockyard_api.checks.probe._WITHIN", 0.2)
+async def test_a_probe_that_does_not_come_to_its_end_is_given_up_and_ended(host):
+    host.prober = Prober(host.client, str(host.runtime_dir), 0.2)
     host.report = lambda env: [began(env), sight(0)]
     with pytest.raises(ProbeFailed, match="did not end") as caught:
         await host.prober.probe(TARGETS, "host")

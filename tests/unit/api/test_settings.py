@@ -52,6 +52,7 @@ def test_the_environment_overrides_the_file(tmp_path):
         ("[proxy]\nmax_workers = true\n", ["'proxy.max_workers'", "whole number"]),
         ("[proxy]\nworker_start_timeout = '-3s'\n", ["'proxy.worker_start_timeout'", '"30s"']),
         ("[proxy]\nworker_start_timeout = '0s'\n", ["above zero"]),
+        ("[server]\npreflight_timeout = '41s'\n", ["'server.preflight_timeout'", "40s at most"]),
         ("[server]\ndefault_memory_limit = '-512m'\n", ["'server.default_memory_limit'", '"512m"']),
         ("[server]\ndefault_memory_limit = 512\n", ['"512m"']),
         ("[server]\nbind = 'localhost'\n", ["address and port"]),

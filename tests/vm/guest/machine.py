@@ -83,16 +83,10 @@ def answers(server, within=60):
 
 
 def checks(server):
-    """Run the start-up checks, and again, as their remedy says, where one had too little time; return them by name."""
-
-    def in_time():
-        answer = server.http.post("/api/v1/system/checks/run")
-        assert answer.status_code == 200, answer.text
-        found = {one["name"]: one for one in answer.json()["checks"]}
-        late = re.compile(r"It was not done within|it did not end within")
-        return None if any(late.search(one["fact"]) for one in found.values()) else found
-
-    return wait_for(in_time, 60, "checks that all had their time")
+    """Run the start-up checks; return them by name."""
+    answer = server.http.post("/api/v1/system/checks/run", timeout=120)
+    assert answer.status_code == 200, answer.text
+    return {one["name"]: one for one in answer.json()["checks"]}
 
 
 def cpu_seconds(worker):
