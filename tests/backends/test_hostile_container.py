@@ -195,7 +195,7 @@ def test_it_has_no_more_processes_than_it_may_and_goes_on(shell):
 @pytest.mark.parametrize(("command", "words"), [("/tmp/attack kill_all", ""), ("tail /dev/zero", "memory")])
 def test_a_signal_to_everybody_and_a_want_of_memory_end_the_sender_alone(target, shell, neighbour, command, words):
     _, theirs, visitor = neighbour
-    shell.run("true")
+    wait_for(lambda: shell.visitor.http.get("/app/hostile/").status_code == 200, 60, "the app, after an earlier end")
     mine = only_worker(target, "hostile")
     shell.visitor.http.get("/app/hostile/", params={"sh": command})
     wait_for(lambda: mine not in [each["id"] for each in target.server.workers("hostile")], 30, "its end")

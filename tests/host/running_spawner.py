@@ -27,6 +27,7 @@ from blockyard_api.hardening import seccomp
 
 # asm/unistd.h; syscall(2) passes them to the kernel for this thread, the C library's functions do so for all threads.
 _SETRESUID, _SETRESGID = (147, 149) if platform.machine() == "aarch64" else (117, 119)
+_PF_EXITING = 4  # linux/sched.h, a flag of proc(5)'s stat
 _libc = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count(os.getpid() % 200 * 20)
 
@@ -158,6 +159,13 @@ def processes_of(uids: range) -> list[int]:
             if int(fields["Uid"].split()[0]) in uids and "Z" not in fields["State"]:
                 found.append(int(status.parent.name))
     return found
+
+
+def is_exiting(pid: int) -> bool:
+    """Tell whether a process has run its last instruction. When its cgroup counts it no more, it is not dead yet."""
+    with contextlib.suppress(OSError):
+        return bool(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6]) & _PF_EXITING)
+    return True
 
 
 def api_user() -> pwd.struct_passwd:
@@ -333,7 +341,8 @@ class Spawner:
         """Everything of workers that is on the host: all three are empty when all is well."""
         cgroups = [path.name for path in (self.cgroup_root / "workers").glob("*/")]
         directories = [path.name for path in self.runtime_dir.iterdir()]
-        left = {"cgroups": cgroups, "directories": directories, "processes": [*map(str, processes_of(self.uids))]}
+        processes = [str(pid) for pid in processes_of(self.uids) if not is_exiting(pid)]
+        left = {"cgroups": cgroups, "directories": directories, "processes": processes}
         return {name: found for name, found in left.items() if found}
 
     def remove(self) -> None:
