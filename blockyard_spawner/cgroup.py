@@ -31,11 +31,13 @@ class Cgroups:
         self.controllers: list[str] = []
 
     def prepare(self) -> None:
-        """Make the subtree ready. Raises FileNotFoundError where its root is not there."""
+        """Make the subtree ready. Raises FileNotFoundError where it is not there, TimeoutError if that is not known."""
         self.controllers = []
         if not self._root:
-            answer = subprocess.run(_ASK, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
-            self._root = answer and self.mount + answer
+            asked = subprocess.run(_ASK, stdout=subprocess.PIPE, text=True, check=False)
+            if asked.returncode and os.path.isdir("/run/systemd/system"):  # not to know is not to be without
+                raise TimeoutError("systemd does not tell where blockyard-workers.service is")
+            self._root = asked.stdout.strip() and self.mount + asked.stdout.strip()
         holder, workers = self.directory("", "holder"), self.directory("")
         for directory in (holder, workers):
             directory.mkdir(exist_ok=True)
@@ -56,15 +58,15 @@ class Cgroups:
 
         Where `unlimited` workers are allowed, what is not there is done without; "" means no cgroup at all.
         """
-        directory = self.directory(name)
         try:
-            if not directory.parent.exists():  # the unit may have been stopped and started
+            if not self.directory("").exists():  # the unit may have been stopped and started
                 self.prepare()
         except FileNotFoundError as error:
             if unlimited:
                 return ""
             message = "Run 'systemctl start blockyard-workers': the workers' cgroup is not there."
             raise Refused("no_cgroup", message) from error
+        directory = self.directory(name)
         directory.mkdir()
         cpu = limits.cpu and f"{limits.cpu * 100} 100000"
         asked = {"memory.max": limits.memory, "pids.max": limits.pids, "cpu.max": cpu}

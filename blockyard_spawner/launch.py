@@ -43,8 +43,7 @@ def open_source(source: Source) -> int:
 def open_contents(data: bytes) -> int:
     """Give bytes as a descriptor that is read from its start."""
     descriptor = os.memfd_create("blockyard", os.MFD_CLOEXEC)
-    os.write(descriptor, data)
-    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.pwrite(descriptor, data, 0)
     return descriptor
 
 

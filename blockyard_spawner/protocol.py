@@ -138,7 +138,7 @@ def decode(packet: bytes) -> Request:
     try:
         request: Request = _typed(_OPERATIONS[message.pop("op", None)], message)
     except (ValueError, TypeError, KeyError) as error:
-        raise Refused("malformed", f"Correct the request: {error}.") from error
+        raise Refused("malformed", f"Correct the request: {error!s:.200}.") from error
     return request
 
 

@@ -65,16 +65,16 @@ class _Conversation:
     async def hold(self, peers: set[int]) -> None:
         """Answer until the peer goes. Requests begin in order; what takes time may be overtaken by others."""
         with self._connection:
-            if self._peer["peer_uid"] not in peers:
-                audit("refusal", "Connect as the API's user.", result="wrong_peer", **self._peer)
-                await asyncio.sleep(_PAUSE)
-                return
             try:
+                self._refused = self._peer["peer_uid"] not in peers
+                if self._refused:
+                    audit("refusal", "Connect as the API's user.", result="wrong_peer", **self._peer)
+                    raise EOFError  # noqa: TRY301 - handled as one that has gone
                 async with asyncio.TaskGroup() as answering:
                     while True:
                         await self._take(answering)
-            except* (OSError, EOFError):  # it has gone, or sends without reading; what it asked for goes on
-                pass
+            except* (OSError, EOFError):  # it has gone, or is not understood; what it asked for goes on
+                await asyncio.sleep(_PAUSE * self._refused)  # in its place: nothing is gained by connecting anew
 
     async def _take(self, answering: asyncio.TaskGroup) -> None:
         await readable(self._connection.fileno())
@@ -83,9 +83,8 @@ class _Conversation:
         self._waiting += 1
         answering.create_task(self._answer(packet, flags, descriptors))
         await asyncio.sleep(0)  # until it is answered, or waits for something
-        if self._refused:
-            self._refused = False
-            await asyncio.sleep(_PAUSE)
+        await asyncio.sleep(_PAUSE * self._refused)
+        self._refused = False
 
     async def _answer(self, packet: bytes, flags: int, descriptors: list[int]) -> None:
         request = None

@@ -272,6 +272,17 @@ def test_a_flood_of_refusals_waits_for_its_turns(client):
     assert time.monotonic() - began > 100 * 0.05  # else it would fill the audit
 
 
+def test_a_flood_of_connections_that_are_not_understood_waits_for_its_turns(spawner):
+    began = time.monotonic()
+    for _ in range(60):
+        client = spawner.client(greet=False)
+        client.socket.send(b"hello")
+        client.socket.recv(65536)
+        client.close()
+    waited = time.monotonic() - began
+    assert waited > 60 / 8 * 0.05 * 0.8  # eight at a time, each of which keeps its place for a moment
+
+
 def test_a_program_that_cannot_be_run_is_said_at_once(stopped_spawner):
     stopped_spawner.configure(bwrap_path="/nonexistent/bwrap")
     stopped_spawner.start()

@@ -147,3 +147,10 @@ def test_the_decoder_that_root_uses_behaves_the_same():
         argv, env={**os.environ, "MSGPACK_PUREPYTHON": "1"}, capture_output=True, text=True, check=False
     )
     assert again.returncode == 0, again.stdout
+
+
+def test_what_is_wrong_with_a_request_is_said_in_bounded_words():
+    packet = msgpack.packb({"op": "list", "seq": 1, "\x01" * 60_000: 1})
+    with pytest.raises(Refused) as caught:
+        protocol.decode(packet)
+    assert len(caught.value.message) < 300
