@@ -185,6 +185,7 @@ class Fleet:
         self._held: dict[str, Counter[str]] = {}  # who answers for a slot → the keys, and how many workers each is on
         self._closing = False
         self._cgroups = accounting.cgroup2_mount()
+        self._runtime_dirs = {"process": settings.process.runtime_dir, "docker": settings.docker.runtime_dir}
         self.adopted = asyncio.Event()
 
     # --- slots ---------------------------------------------------------------------------------------------------
@@ -377,20 +378,21 @@ class Fleet:
         """Note who had to wait for the processor, and end who takes the files that all workers share."""
         placed = {worker.id: worker for worker in self.all() if self.cgroup(worker)}
 
-        def read() -> tuple[dict[str, accounting.Usage], float]:
+        def read() -> tuple[dict[str, accounting.Usage], dict[str, float]]:
             found = {name: accounting.usage(self.cgroup(worker)) for name, worker in placed.items()}
-            return found, accounting.files_left(self._settings.process.runtime_dir)
+            return found, {backend: accounting.files_left(place) for backend, place in self._runtime_dirs.items()}
 
         used, files_left = await asyncio.to_thread(read)
         for name, usage in used.items():
             for sentence in placed[name].limits.was_held_back((usage.throttled_usec or 0) / 1e6):
                 await self._logs.of(name).note(f"worker {sentence}")
-        if files_left < _FILES_SPARE:
-            most = max(used, key=lambda name: used[name].kernel_memory or 0, default=None)
-            if most is not None and (used[most].kernel_memory or 0) >= _FILES_MANY:
+        for backend in [backend for backend, left in files_left.items() if left < _FILES_SPARE]:
+            kernel_memory = {name: used[name].kernel_memory or 0 for name in used if placed[name].backend == backend}
+            most = max(kernel_memory, key=lambda name: kernel_memory[name], default=None)
+            if most is not None and kernel_memory[most] >= _FILES_MANY:
                 placed[most].end("made so many files in /run/worker that other apps could not start")
             else:
-                log.warning("%s is almost full, and no worker's fault", self._settings.process.runtime_dir)
+                log.warning("%s is almost full, and no worker's fault", self._runtime_dirs[backend])
 
     # --- one worker's life ---------------------------------------------------------------------------------------
 
@@ -519,8 +521,7 @@ class Fleet:
 
     def _know(self, worker: Worker, uid: int, cgroup: str) -> None:
         worker.uid, worker.cgroup = uid, cgroup
-        places = {"process": self._settings.process.runtime_dir, "docker": self._settings.docker.runtime_dir}
-        directory = Path(places[worker.backend]) / worker.id
+        directory = Path(self._runtime_dirs[worker.backend]) / worker.id
 
         def betrayed(sentence: str) -> None:
             log.error("worker %s of app %s: %s", worker.id, worker.app_id, sentence)

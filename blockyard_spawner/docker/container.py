@@ -14,7 +14,7 @@ PROGRAMS = str(pathlib.Path(sandbox.__file__).with_name("sandboxed"))
 SWAPPED = 117  # the exit status for a mount that is not what was checked
 _SHM = 64 << 20
 _LOG = {"max-size": "5m", "max-file": "2"}
-_SWEEP = "timeout -k1 30 chmod -R u+rwx /run/worker/*; timeout -k1 30 find /run/worker -mindepth 1 -delete"
+_SWEEP = "timeout -k1 30 chmod -R u+rwx /run/worker; timeout -k1 30 find /run/worker -mindepth 1 -delete"
 
 
 def labels(config: Mapping[str, Any], worker: str, app: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from blockyard_spawner.protocol import Refused
 _WITHIN = 10.0  # seconds for one call: a start takes less than one
 _NO_CONNECTION = 900  # aiodocker's number for it
 _HEADER = struct.Struct(">BxxxL")  # of a frame of output: which stream, how long
+_ITS_OWN = 3  # the stream in which the engine tells what went wrong with the others, without a time
 
 
 class EngineRefused(Refused):
@@ -120,9 +121,10 @@ class Engine:
             while header := await content.read(_HEADER.size):
                 if len(header) < _HEADER.size:
                     header += await content.readexactly(_HEADER.size - len(header))
-                line = await content.readexactly(_HEADER.unpack(header)[1])
-                moment, _, data = line.partition(b" ")
-                yield moment.decode(errors="replace"), data
+                stream, length = _HEADER.unpack(header)
+                moment, _, data = (await content.readexactly(length)).partition(b" ")
+                if stream != _ITS_OWN:
+                    yield moment.decode(errors="replace"), data
 
     async def events(self, event: str, label: str) -> AsyncIterator[str]:
         """Yield the ids of containers with this label to which an event happens."""

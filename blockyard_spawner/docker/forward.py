@@ -29,6 +29,7 @@ class Position:
         self._path, self.moment, self.count = path, "", 0
         with contextlib.suppress(FileNotFoundError, ValueError), open(path, encoding="ascii") as file:
             moment, count = file.read().split()
+            instant(moment)  # one that is none is a ValueError
             self.moment, self.count = moment, int(count)
 
     @property
@@ -37,14 +38,18 @@ class Position:
         return instant(self.moment) if self.moment else "0"
 
     def advance(self, moment: str) -> None:
-        """Note that a piece of this time was moved."""
+        """Note that a piece of this time was moved.
+
+        Where an app has filled the file system, it cannot be written down, and after a restart it is moved again.
+        """
         self.count = self.count + 1 if moment == self.moment else 1
         self.moment = moment
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.pwrite(descriptor, f"{moment} {self.count}".ljust(_WIDTH).encode(), 0)  # always over all of the last
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.pwrite(descriptor, f"{moment} {self.count}".ljust(_WIDTH).encode(), 0)  # always over all of the last
+            finally:
+                os.close(descriptor)
 
 
 def instant(moment: str) -> str:

@@ -73,5 +73,6 @@ class Networks:
 
 def _subnets_of(network: Mapping[str, Any]) -> list[ipaddress.IPv4Network]:
     parts = (network.get("IPAM") or {}).get("Config") or []
-    found = [ipaddress.ip_network(part["Subnet"]) for part in parts if part.get("Subnet")]
+    # Not strict: the engine's own bridge may be told as its configuration has it, with the host's part of the address.
+    found = [ipaddress.ip_network(part["Subnet"], strict=False) for part in parts if part.get("Subnet")]
     return [subnet for subnet in found if isinstance(subnet, ipaddress.IPv4Network)]

@@ -113,7 +113,10 @@ class Containers:
                 self._networks[marks[label]] = network["Id"]
         for found in await self._engine.containers(ours):
             worker = Worker(found["Labels"].get(label, ""), found["Labels"].get(f"{container.LABEL}/app", ""), 0)
-            if not re.fullmatch("[a-z0-9]{8,32}", worker.id) or not worker.app or worker.id in self._containers:
+            if worker.id in self._known:  # of an earlier attempt, after which the engine was away
+                continue
+            sweeps = self._containers.get(worker.id, found["Id"]) != found["Id"]
+            if not re.fullmatch("[a-z0-9]{8,32}", worker.id) or not worker.app or sweeps:
                 await self._engine.remove(found["Id"])  # emptied a directory when it was interrupted
                 continue
             self._containers[worker.id] = found["Id"]
@@ -260,7 +263,7 @@ class Containers:
 
     async def _interrupt(self, worker: Worker, grace: float) -> None:
         with contextlib.suppress(Refused, TimeoutError):
-            if grace:
+            if grace and worker.id in self._containers:  # else it has ended, and is being cleared away
                 await self._engine.kill(self._containers[worker.id], "SIGINT")
             await asyncio.wait_for(worker.ended.wait(), grace)
         await self._kill(worker)
@@ -371,6 +374,7 @@ class Containers:
             return
         stubborn = [entry for entry in entries if not _removed(entry)]
         if stubborn:
+            await self._engine.remove(f"blockyard-sweep-{name}")  # of an attempt whose end the engine did not tell
             sweeper = await self._engine.create(f"blockyard-sweep-{name}", container.sweeping(self.config, name))
             try:
                 await self._engine.start(sweeper)

@@ -1,10 +1,12 @@
-"""An engine that kills the helper after any number of its answers: what was done then, the helper never heard."""
+"""An engine that has its faults: it kills the helper after any number of answers, hangs up, or takes its time."""
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 
 from running_engine import Dockerd
@@ -22,6 +24,8 @@ class InterruptingEngine:
         self._listener.listen()
         self._lock = threading.Lock()
         self._left, self._victim, self._struck = 0, 0, False
+        self._fault: tuple[re.Pattern[bytes], float | None] | None = None
+        self.met = threading.Event()  # the fault was
         threading.Thread(target=self._serve, daemon=True).start()
 
     def strike(self, pid: int, after: int) -> None:
@@ -34,6 +38,11 @@ class InterruptingEngine:
         with self._lock:
             struck, self._left, self._struck = self._struck, 0, False
             return struck
+
+    def err(self, request: str, seconds: float | None = None) -> None:
+        """Hang up on the next request that begins like this, or pass it on so much later."""
+        self.met.clear()
+        self._fault = re.compile(request.encode()), seconds
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -53,6 +62,12 @@ class InterruptingEngine:
             while data := source.recv(65536):
                 if answers and data.startswith(b"HTTP/1.") and self._is_the_last():
                     break
+                if not answers and self._fault and self._fault[0].match(data):
+                    (_, seconds), self._fault = self._fault, None
+                    self.met.set()
+                    if seconds is None:
+                        break
+                    time.sleep(seconds)
                 sink.sendall(data)
         for end in (source, sink):
             with contextlib.suppress(OSError):

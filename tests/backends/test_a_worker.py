@@ -129,6 +129,7 @@ def test_a_stop_goes_on_when_its_client_has_gone(helper, client):
 def test_a_directory_that_resists_is_removed_as_well(helper, client):
     hostile = """
       dir.create('/run/worker/a/b', recursive = TRUE); file.create('/run/worker/a/b/c'); file.create('/run/worker/-rf')
+      dir.create('/run/worker/.d/e', recursive = TRUE); Sys.chmod('/run/worker/.d', '0000')
       file.symlink('/usr', '/run/worker/link'); Sys.chmod(c('/run/worker/a/b', '/run/worker/a', '/run/worker'), '0000')
       quit(status = 3)"""
     helper.run_r(client, "worker0001", hostile)

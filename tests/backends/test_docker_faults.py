@@ -58,6 +58,31 @@ def test_a_helper_that_is_killed_after_any_step_leaves_nothing_after_its_next_st
     assert steps >= {"spawn": 4, "stop": 2}[operation]
 
 
+def test_an_engine_that_hangs_up_while_workers_are_adopted_costs_none_of_them(docker, interrupting):
+    workers = [docker.run_r(docker.client(), f"worker000{at}", "Sys.sleep(600)") for at in (1, 2, 3)]
+    docker.end(9)
+    interrupting.err(f"GET /v[0-9.]+/containers/{docker.container_of('worker0002')['Id']}/json")
+    docker.start()
+
+    def adopted():
+        with contextlib.suppress(Refusal):
+            return docker.client().call("list")["workers"]
+
+    found = eventually(adopted, "the engine is asked again", docker.audit_text)
+    assert interrupting.met.is_set()
+    assert {record["id"]: record["state"] for record in found} == {f"worker000{at}": "running" for at in (1, 2, 3)}
+    assert {record["pid"] for record in found} == {worker.pid for worker in workers}
+
+
+def test_a_stop_of_what_is_being_cleared_away_ends_with_it(docker, interrupting):
+    client = docker.client()
+    interrupting.err("DELETE /v[0-9.]+/networks/", seconds=3)
+    docker.run_r(client, "worker0001", "quit(status = 3)")
+    assert interrupting.met.wait(60)
+    assert client.call("stop", id="worker0001", grace=1000)["result"]["status"] == 3
+    assert docker.process.poll() is None
+
+
 def nothing_is_left(docker):
     """End what is a worker, as the API would; what is none has to go by itself."""
     client = docker.client()

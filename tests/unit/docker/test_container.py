@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from blockyard_spawner import policy
 from blockyard_spawner.config import ConfigError, DataMount
 from blockyard_spawner.docker import config, container
 from blockyard_spawner.docker.forward import Position, forward, instant
+from blockyard_spawner.docker.networks import Networks
 from blockyard_spawner.docker.workers import check_runtimes
 from blockyard_spawner.protocol import Limits, Spawn
 
@@ -144,3 +146,9 @@ async def test_a_line_that_was_cut_off_in_the_middle_is_moved_once_and_whole(tmp
     os.close(writing)
     assert os.read(reading, 100) == b"a\nxyz\n"
     os.close(reading)
+
+
+def test_a_network_that_is_told_with_the_hosts_part_of_its_address_takes_its_subnet_all_the_same():
+    networks = Networks(DEFAULTS, None)
+    networks.adopt([{"Id": "bridge", "IPAM": {"Config": [{"Subnet": "10.213.0.17/16"}]}}])
+    assert networks.free == deque()

@@ -58,10 +58,33 @@ def test_a_full_tmp_and_too_many_open_files_are_explained(server):
 def test_the_workers_directories_are_a_file_system_of_their_own(server):
     options = run("findmnt", "--noheadings", "--output", "FSTYPE,OPTIONS", "--mountpoint", RUNTIME).stdout
     assert options.split()[0] == "tmpfs"
-    for option in ("nosuid", "nodev", "noexec", "size=16384k", "nr_inodes=1048576", "mode=711"):
+    for option in ("nosuid", "nodev", "noexec", "size=16384k", "nr_inodes=131072", "mode=711"):
         assert option in options, options
     assert os.stat(RUNTIME).st_dev != os.stat("/run").st_dev
     assert unit(MOUNT, "ActiveState") == "active"
+
+
+LITTER = """
+import os
+here = "/run/worker"
+for depth in range(5):  # the deepest is made last, so that whoever walks holds the names of all above it
+    with open(f"{here}/0", "w"):
+        pass
+    for number in range(1, 26000):
+        os.link(f"{here}/0", f"{here}/{number:0100}")
+    here = f"{here}/d"
+    os.mkdir(here)
+"""
+
+
+def test_the_workers_that_leave_as_many_files_as_they_can_are_ended_and_swept(server):
+    before = unit("blockyard-spawner.service", "MainPID")
+    litter = "system('/usr/bin/python3 -I /app/litter.py')"
+    with running(server, "litters", litter, {"litter.py": LITTER}) as worker:
+        wait_for(lambda: not Path(RUNTIME, worker).exists(), 300, "the end of the worker and of all its files")
+        assert "made so many files in /run/worker" in str(server.runtime("litters"))
+    assert unit("blockyard-spawner.service", "MainPID") == before
+    assert unit("blockyard-spawner.service", "OOMPolicy") == "continue"
 
 
 def test_the_whole_tree_of_an_app_is_what_the_list_allows(server, outside):

@@ -54,6 +54,16 @@ def test_the_helper_has_no_capability_and_its_group_is_all_that_it_has(server, b
     assert os.stat("/run/blockyard/spawner-docker.sock").st_mode & 0o777 == 0o660
 
 
+def test_its_workers_directories_are_a_file_system_of_their_own(server, boxed):
+    wait_for(lambda: unit(HELPER, "ActiveState") == "active", 120, "the helper")
+    found = run("findmnt", "--noheadings", "--output", "FSTYPE,OPTIONS", "--mountpoint", "/run/blockyard/docker").stdout
+    assert found.split()[0] == "tmpfs"
+    for option in ("nosuid", "nodev", "noexec", "size=16384k", "nr_inodes=131072", "mode=2710"):
+        assert option in found, found
+    place = Path("/run/blockyard/docker")
+    assert (place.owner(), place.group()) == ("blockyard-docker", "blockyard")
+
+
 def test_the_rules_for_containers_are_loaded_and_removed_with_their_unit(server):
     run("iptables", "-N", "DOCKER-USER")  # as an engine makes it
     try:
