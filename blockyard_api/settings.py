@@ -3,7 +3,7 @@
 import difflib
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -298,8 +298,12 @@ def load(file: str, environ: Mapping[str, str]) -> Settings:
     Raises ConfigError with one sentence that names file or variable, key and remedy.
     """
     for name in config.read(file).keys() - KEYS.keys():
-        near = [f"did you mean '{key}'?" for key in difflib.get_close_matches(name, KEYS, n=1)]
-        raise ConfigError(f"{file}: unknown key '{name}'; {(*near, 'remove it.')[0]}")
+        raise ConfigError(f"{file}: unknown key '{name}'; {_near(name, KEYS)}")
+    ours = tuple(f"BLOCKYARD_{section.upper()}_" for section in _SECTIONS)
+    variables = {_variable(name) for name in KEYS}
+    for name in environ.keys() - variables:
+        if name.startswith(ours):
+            raise ConfigError(f"unknown variable '{name}'; {_near(name, variables)}")
     values = config.load(file, environ, KEYS)
     for name in _SERVICES:
         _check_service(name, values[name], file, environ)
@@ -314,9 +318,18 @@ def load(file: str, environ: Mapping[str, str]) -> Settings:
     return settings
 
 
+def _near(name: str, known: Iterable[str]) -> str:
+    near = [f"did you mean '{key}'?" for key in difflib.get_close_matches(name, list(known), n=1)]
+    return (*near, "remove it.")[0]
+
+
+def _variable(name: str) -> str:
+    return f"BLOCKYARD_{name.replace('.', '_').upper()}"
+
+
 def _check_service(name: str, value: str | None, file: str, environ: Mapping[str, str]) -> None:
     """Raise ConfigError for an address that is none, without repeating it: it may hold a password."""
-    variable = f"BLOCKYARD_{name.replace('.', '_').upper()}"
+    variable = _variable(name)
     try:
         if value is not None:
             endpoint(name, value)

@@ -22,7 +22,8 @@ class SpawnerUnreachable(Unavailable):
     def __init__(self, detail: str) -> None:
         super().__init__(
             "spawner_unreachable",
-            f"The spawner cannot be reached ({detail}); see 'systemctl status blockyard-spawner'.",
+            f"The spawner cannot be reached ({detail}); see 'systemctl status blockyard-spawner', or for Docker apps "
+            "'systemctl status blockyard-spawner-docker.socket'.",
             retry_after=5,
         )
 

@@ -124,7 +124,9 @@ class Deployments:
 
     def _too_large(self) -> TooLarge:
         limit = self._settings.max_bundle_size >> 20
-        return TooLarge("bundle_too_large", f"A bundle may have {limit} MB; leave out data, or raise max_bundle_size.")
+        return TooLarge(
+            "bundle_too_large", f"A bundle may have {limit} MB; leave out data, or raise storage.max_bundle_size."
+        )
 
     async def _deploy(self, app_id: str, bundle_id: str, task_id: str, archive: Path) -> None:
         try:

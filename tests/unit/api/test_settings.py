@@ -75,6 +75,22 @@ def test_a_wrong_value_is_one_sentence_that_names_the_file_and_what_to_write(tmp
     assert "\n" not in sentence.strip()
 
 
+@pytest.mark.parametrize(
+    ("variable", "remedy"),
+    [
+        ("BLOCKYARD_PROCESS_NETWROK", "did you mean 'BLOCKYARD_PROCESS_NETWORK'"),
+        ("BLOCKYARD_VAULT_XXXXXXXXXXXXXXXXXXXXXXXX", "remove it"),
+    ],
+)
+def test_a_variable_that_is_no_key_is_not_ignored(tmp_path, variable, remedy):
+    with pytest.raises(ConfigError, match=f"unknown variable '{variable}'; {remedy}"):
+        load(tmp_path, **{variable: "none"})
+
+
+def test_a_variable_of_the_command_line_is_none_of_ours(tmp_path):
+    load(tmp_path, BLOCKYARD_URL="http://127.0.0.1:8080", BLOCKYARD_TOKEN="by_x")
+
+
 def test_a_wrong_variable_is_named(tmp_path):
     with pytest.raises(ConfigError, match="BLOCKYARD_PROXY_MAX_WORKERS"):
         load(tmp_path, BLOCKYARD_PROXY_MAX_WORKERS="many")
