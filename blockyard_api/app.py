@@ -164,7 +164,8 @@ async def _keep_house(
         await _try(sessions.save)
         if fleet.waited_for():
             await _try(partial(fleet.adopt, log_pipes))
-        await _try(partial(fleet.sweep, checks.probing))
+            await _try(sessions.adopt)
+        await _try(partial(fleet.sweep, lambda: checks.probing))
         await _try(fleet.look_at_limits)
         if loop.time() >= clean_at:
             clean_at = loop.time() + _CLEAN_EVERY
@@ -183,3 +184,5 @@ async def _try(chore: Callable[[], Awaitable[None]]) -> None:
         await chore()
     except BlockyardError as error:
         log.warning("housekeeping is put off: %s", error.message)
+    except OSError as error:  # a disk that fails is no reason to send everybody away
+        log.warning("housekeeping is put off: %s", error)

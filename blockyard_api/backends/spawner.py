@@ -261,7 +261,10 @@ class Spawner:
 
     async def _open(self) -> tuple[_Connection, Identity]:
         loop = asyncio.get_running_loop()
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        except OSError as error:  # no descriptor is left
+            raise SpawnerUnreachable(f"{self._path}: {error.strerror}") from error
         try:
             sock.connect(self._path)  # a Unix socket connects at once or not at all
         except OSError as error:

@@ -83,4 +83,6 @@ async def _run(archive: Path, staging: Path) -> dict[str, Any]:
     verdict: dict[str, Any] = json.loads(text)
     if refused := verdict.get("refused"):
         raise BundleRefused(refused["code"], refused["message"])
+    if "/" in verdict["top"] or verdict["top"] in (".", ".."):  # whoever took over the unpacking stays in its directory
+        raise BundleRefused(*TOO_COMPLEX)
     return verdict

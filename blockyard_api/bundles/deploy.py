@@ -139,19 +139,27 @@ class Deployments:
                 served = await self._finish(app_id, bundle_id)
             await self._say(task_id, _SERVED if served else _OVERTAKEN, status="completed")
         except (BundleRefused, BlockyardError) as error:  # or the app was deleted meanwhile, or the disk is full
-            await self._fail(bundle_id, task_id, error.message)
+            await self._fail(app_id, bundle_id, task_id, error.message)
         except OSError as error:
             log.exception("deployment of bundle %s", bundle_id)
-            await self._fail(bundle_id, task_id, f"The server could not store the bundle: {error.strerror}.")
+            await self._fail(app_id, bundle_id, task_id, f"The server could not store the bundle: {error.strerror}.")
         finally:
-            await asyncio.to_thread(archive.unlink, missing_ok=True)
+            with contextlib.suppress(OSError):  # `recover` removes it at the next start
+                await asyncio.to_thread(archive.unlink, missing_ok=True)
             self._changed.pop(task_id, asyncio.Event()).set()
 
-    async def _fail(self, bundle_id: str, task_id: str, message: str) -> None:
-        await asyncio.to_thread(shutil.rmtree, self._bundles / bundle_id, ignore_errors=True)
+    async def _fail(self, app_id: str, bundle_id: str, task_id: str, message: str) -> None:
         try:
-            await self._set_status(bundle_id, "failed")
-            await self._say(task_id, message, status="failed")
+            async with self._switching:
+                app = self._catalog.with_id(app_id)
+                served = app is not None and app.active_bundle == bundle_id  # what failed is what comes after that
+                if not served:
+                    await asyncio.to_thread(shutil.rmtree, self._bundles / bundle_id, ignore_errors=True)
+                    await self._set_status(bundle_id, "failed")
+            if served:
+                await self._say(task_id, f"{_SERVED} Something after that failed: {message}", status="completed")
+            else:
+                await self._say(task_id, message, status="failed")
         except (OutOfSpace, StoreUnavailable):  # `recover` tells it at the next start
             log.exception("deployment of bundle %s failed (%s), and that could not be stored", bundle_id, message)
 
@@ -240,9 +248,9 @@ class Deployments:
                 await self._remove(bundle.id)
 
     async def _remove(self, bundle_id: str) -> None:
-        await asyncio.to_thread(shutil.rmtree, self._bundles / bundle_id, ignore_errors=True)
-        async with self._database.begin() as connection:
+        async with self._database.begin() as connection:  # first: a bundle that is listed has its files
             await connection.execute(delete(bundles).where(bundles.c.id == bundle_id))
+        await asyncio.to_thread(shutil.rmtree, self._bundles / bundle_id, ignore_errors=True)
 
     async def purge_deleted(self) -> None:
         """Delete what is left of apps that were deleted long ago."""

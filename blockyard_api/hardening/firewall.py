@@ -149,7 +149,9 @@ def render(around: Surroundings, form: Format) -> str:
 def loaded_by(form: Format, printed: str) -> list[str]:
     """Name the shell commands, to be run by root, that load what the command `printed` prints."""
     if form is Format.SYSTEMD:
-        return [f"{printed} | install -D --mode=0644 /dev/stdin {DROP_IN}", "systemctl daemon-reload", _TAKE_ON]
+        # In one, and on the text: from rules that could not be printed, a pipe would make an empty drop-in.
+        put = f"""printf '%s\\n' "$rules" | install -D --mode=0644 /dev/stdin {DROP_IN}"""
+        return [f"rules=$({printed}) && {put} && systemctl daemon-reload && {_TAKE_ON}"]
     if form in (Format.NFT, Format.NFT_CGROUP):
         return [f"{printed} | nft --file -"]
     # A chain that is declared again is emptied first, so only the jump to it could pile up.

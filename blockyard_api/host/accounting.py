@@ -78,11 +78,15 @@ def told_of_hits(directory: Path | None, tell: Callable[[Hits], None]) -> Iterat
 
     Polling would miss the last one: the cgroup is removed as soon as the worker has ended.
     """
-    if directory is None:
+    changes = None
+    if directory is not None:
+        with contextlib.suppress(OSError):  # no descriptor is left
+            changes = select.epoll()
+    if directory is None or changes is None:
         yield
         return
     loop = asyncio.get_running_loop()
-    with select.epoll() as changes, contextlib.ExitStack() as opened:
+    with changes, contextlib.ExitStack() as opened:
         events: list[int] = []
         for name in ("pids.events", "memory.events"):
             with contextlib.suppress(OSError):  # the worker has ended, or the controller is not delegated

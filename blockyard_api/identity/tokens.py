@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import secrets
 import time
 import uuid
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import delete, insert, select, update
 
-from blockyard_api.errors import BadRequest, Forbidden, Gone, NotFound, TooMany, Unauthorized
+from blockyard_api.errors import BadRequest, Forbidden, Gone, NotFound, OutOfSpace, TooMany, Unauthorized
 from blockyard_api.identity.allowance import Allowance
-from blockyard_api.store.database import Database
+from blockyard_api.store.database import Database, StoreUnavailable
 from blockyard_api.store.tables import bootstrap_tokens, tokens, users
 
 PREFIX = "by_"
@@ -21,6 +22,8 @@ DEFAULT_LIFETIME = 90 * DAY
 LONGEST_LIFETIME = 366 * DAY
 _WRONG, _WRONG_PER_SECOND = 20, 0.2  # wrong tokens of one client address; right ones are not counted
 _SEEN_EVERY = 60.0  # seconds between two writes of last_used_at: a write a request would serialise all of them
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +93,13 @@ class Tokens:
             raise _unknown()
         if now - self._seen.get(principal.token_id, 0) > _SEEN_EVERY:
             self._seen[principal.token_id] = now
-            async with self._database.begin() as connection:
-                await connection.execute(
-                    update(tokens).where(tokens.c.id == principal.token_id).values(last_used_at=now)
-                )
+            try:
+                async with self._database.begin() as connection:
+                    await connection.execute(
+                        update(tokens).where(tokens.c.id == principal.token_id).values(last_used_at=now)
+                    )
+            except (OutOfSpace, StoreUnavailable) as error:  # the token is right all the same
+                log.warning("a token's use is not recorded: %s", error.message)
             if hashed not in self._known:  # revoked while that was written
                 raise _unknown()
         return principal

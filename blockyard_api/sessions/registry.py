@@ -22,6 +22,7 @@ from blockyard_api.identity.tokens import Principal, digest
 from blockyard_api.settings import Proxy
 from blockyard_api.store.database import Database, StoreUnavailable
 from blockyard_api.store.tables import sessions as table
+from blockyard_api.store.tables import workers
 from blockyard_api.workers.fleet import Fleet, Worker
 from blockyard_api.workers.life import State
 
@@ -83,7 +84,7 @@ def holder(principal: Principal | None, client: str) -> str:
 class Tracker:
     """Follows one request of a session through the relay."""
 
-    __slots__ = ("_ended", "_registry", "_session", "_socket", "_worker")
+    __slots__ = ("_ended", "_registry", "_session", "_socket", "_under_way", "_worker")
 
     def __init__(self, registry: "Sessions", session: Session | None, worker: Worker) -> None:
         self._registry = registry
@@ -91,14 +92,19 @@ class Tracker:
         self._worker = worker
         self._socket: object | None = None
         self._ended = False
+        self._under_way = True
+        worker.requests += 1
         if session is not None:
             session.requests += 1
 
     def request_ended(self) -> None:
         """Note the end of the exchange, once."""
-        if self._ended or self._session is None:
+        if self._ended:
             return
         self._ended = True
+        self._answered()
+        if self._session is None:
+            return
         session = self._session
         session.requests -= 1
         if self._socket is not None:
@@ -112,7 +118,14 @@ class Tracker:
             self._session.sockets[self._socket] = (self._worker, close)
             if self._session.over:
                 close()
-        self._worker.touch()
+        self._answered()
+
+    def _answered(self) -> None:
+        """Note that the worker has nothing more to do for the request; an open WebSocket is no work by itself."""
+        if self._under_way:
+            self._under_way = False
+            self._worker.requests -= 1
+            self._worker.touch()
 
     def visitor_message(self) -> None:
         """Note that the visitor did something."""
@@ -127,6 +140,7 @@ class Sessions:
         self._fleet = fleet
         self._database = database
         self._sessions: dict[str, Session] = {}
+        self._awaited: set[str] = set()  # of an earlier run, whose workers' backend has not told yet whether they live
         self._allowed = Allowance(_BURST, _PER_SECOND)
 
     def find(self, cookie: str, app: App, principal: Principal | None) -> Session | None:
@@ -261,11 +275,16 @@ class Sessions:
         return Tracker(self, session, worker)
 
     async def adopt(self) -> None:
-        """Take over the sessions of an earlier run whose workers live."""
+        """Take over the sessions of an earlier run whose workers live; again, once more workers were taken over."""
+        alive = select(workers.c.id).where(workers.c.status != State.ENDED.value)
         async with self._database.begin() as connection:
             rows = (await connection.execute(select(table).where(table.c.ended_at.is_(None)))).all()
+            may_live = {row.id for row in await connection.execute(alive)}
+        self._awaited.clear()
         for row in rows:
             worker = self._fleet.find(row.worker_id)
+            if worker is None and row.worker_id in may_live:
+                self._awaited.add(row.hash)
             if worker is None or row.hash in self._sessions:
                 continue
             session = Session(
@@ -288,7 +307,7 @@ class Sessions:
         async with self._database.begin() as connection:
             open_rows = select(table.c.hash).where(table.c.ended_at.is_(None))
             stored = {row.hash for row in await connection.execute(open_rows)}
-            over = [{"key": key} for key in stored - self._sessions.keys()]
+            over = [{"key": key} for key in stored - self._sessions.keys() - self._awaited]
             if seen:
                 statement = update(table).where(table.c.hash == bindparam("key"))
                 await connection.execute(statement.values(last_seen_at=bindparam("seen")), seen)

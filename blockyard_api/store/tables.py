@@ -114,6 +114,7 @@ workers = Table(
     Column("bundle_id", String(32), nullable=False),
     Column("status", String(16), nullable=False, index=True),
     Column("backend", String(16), nullable=False, server_default="process"),
+    Column("access_type", String(16)),  # the app's at its start, by which Docker's runtime was chosen
     Column("uid", Integer),
     Column("cgroup", String(1024)),
     Column("started_at", Float, nullable=False),

@@ -44,6 +44,8 @@ _PLACE_AGAIN = 15.0  # seconds: a page that opens no WebSocket has lost its slot
 _SETTLED = 10.0  # seconds an app must live to count as started well
 _STOP_ATTEMPTS = 5
 _LAST_WORDS = 2.0  # seconds a pipe may stay open after its worker's end
+_LOGS_KEPT = 200 << 20  # bytes, of the ended workers of one app
+_LOGS_LOOKED_AT = 5000
 _FILES_SPARE = 0.25  # the share of the files below the runtime directory that is to be left for other workers
 _FILES_MANY = 16 << 20  # bytes of kernel memory that no worker's files come to otherwise
 
@@ -75,6 +77,7 @@ class Worker:
     end_reason: str | None = None
     last_activity: float = field(default_factory=time.monotonic)
     idle_since: float | None = None  # epoch
+    requests: int = 0  # under way; an open WebSocket is none
     slots: dict[str, str] = field(default_factory=dict)  # a session's key → who answers for it
     host_failed: bool = False  # there was no start, and the app is not to blame
     socket: WorkerSocket | None = None
@@ -343,7 +346,7 @@ class Fleet:
             spare = {worker.id for worker in self._spare(app)}
             for worker in self.of(app.id):
                 abandoned = worker.state in (State.ACTIVE, State.DRAINING) and worker.last_activity <= deadline
-                if abandoned and (worker.id in spare or worker.id not in unused):
+                if abandoned and not worker.requests and (worker.id in spare or worker.id not in unused):
                     worker.end("idle")
 
     def _spare(self, app: App) -> list[Worker]:
@@ -601,7 +604,20 @@ class Fleet:
             )
         await worker_log.note(f"worker ended: {worker.end_reason}")
         await self._record(worker)
+        await self._bound_logs(app.id)
         self.reconcile(app.id)
+
+    async def _bound_logs(self, app_id: str) -> None:
+        """Delete the oldest logs of an app whose ended workers wrote too much: none fills the disk by failing."""
+        ended = select(table.c.id).where(table.c.app_id == app_id, table.c.status == State.ENDED.value)
+        try:
+            async with self._database.begin() as connection:
+                rows = await connection.execute(ended.order_by(table.c.ended_at.desc()).limit(_LOGS_LOOKED_AT))
+                newest_first = [row.id for row in rows]
+        except (OutOfSpace, StoreUnavailable) as error:
+            log.warning("logs of ended workers are not looked at: %s", error.message)
+        else:
+            await self._logs.keep_within(newest_first, _LOGS_KEPT)
 
     def _judge(self, worker: Worker, pool: _Pool, why: str, *, started: bool) -> None:
         """Note who is to wait for an end like this.
@@ -629,6 +645,7 @@ class Fleet:
             "bundle_id": worker.bundle_id,
             "status": worker.state.value,
             "backend": worker.backend,
+            "access_type": worker.access,
             "uid": worker.uid,
             "cgroup": worker.cgroup,
             "started_at": worker.started_at,
@@ -724,7 +741,7 @@ class Fleet:
             row.app_id,
             row.bundle_id,
             row.backend,
-            app.access_type,
+            row.access_type or app.access_type,
             app.max_sessions_per_worker,
             self._memory_limit(app),
             Limits(self._settings.process),
@@ -740,10 +757,10 @@ class Fleet:
         self._start(self._live(worker, app, (pidfd, log_pipes.pop(row.id, None))))
         return True
 
-    async def sweep(self, others: Collection[str] = ()) -> None:
+    async def sweep(self, others: Callable[[], Collection[str]] = tuple) -> None:
         """End workers that a spawner runs and nobody here knows: their start was cut off, or this daemon died.
 
-        `others` are known to somebody else here, and read only once the spawner has answered.
+        `others` tells which are known to somebody else here, and is asked only once the spawner has answered.
         """
         for name in self._known_backends:
             try:
@@ -751,9 +768,9 @@ class Fleet:
             except (SpawnerUnreachable, SpawnerRefused) as error:
                 log.warning("housekeeping of backend %s is put off: %s", name, error.message)
 
-    async def _sweep(self, spawner: Spawner, others: Collection[str]) -> None:
+    async def _sweep(self, spawner: Spawner, others: Callable[[], Collection[str]]) -> None:
         for entry in await spawner.list():
-            if entry.state == "running" and entry.id not in self._workers and entry.id not in others:
+            if entry.state == "running" and entry.id not in self._workers and entry.id not in others():
                 log.warning("ending worker %s of app %s: it belongs to nobody", entry.id, entry.app)
                 with contextlib.suppress(SpawnerRefused):  # it ended meanwhile
                     await spawner.stop(entry.id, 0)

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 SEGMENT = 5 << 20  # bytes; a log is at most two of them
@@ -27,7 +27,7 @@ class WorkerLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._older = path.with_suffix(".1.log")
+        self._older = _older(path)
         self._base = 0  # position of the first byte in `_path`
         self._changed = asyncio.Event()
         self.closed = False
@@ -146,10 +146,28 @@ class Logs:
             log.close()
             del self._open[worker_id]
 
+    async def keep_within(self, newest_first: Sequence[str], most: int) -> None:
+        """Delete the logs of those workers that do not fit into so many bytes, after newer ones."""
+        await asyncio.to_thread(_keep_within, [self._path(worker_id) for worker_id in newest_first], most)
+
     async def prune(self, retention: float) -> None:
         """Delete the logs of ended workers to which nothing was added for `retention` seconds."""
         open_now = {self._path(worker_id) for worker_id in self._open}
         await asyncio.to_thread(_prune, self._directory, time.time() - retention, open_now)
+
+
+def _keep_within(newest_first: Sequence[Path], most: int) -> None:
+    used = 0
+    for path in newest_first:
+        for part in (path, _older(path)):
+            with contextlib.suppress(OSError):  # there is none, or the disk is ill: no reason to end anything
+                used += part.stat().st_size
+                if used > most:
+                    part.unlink()
+
+
+def _older(path: Path) -> Path:
+    return path.with_suffix(".1.log")
 
 
 def _prune(directory: Path, older_than: float, keep: set[Path]) -> None:

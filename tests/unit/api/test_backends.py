@@ -1,5 +1,6 @@
 """Two spawners behind one daemon: an app's workers are where it says, and one that is away costs its own apps alone."""
 
+import asyncio
 import tempfile
 
 import pytest
@@ -82,3 +83,38 @@ async def test_a_backend_that_is_away_at_the_start_costs_its_own_apps_alone_and_
     docker.start()
     await until(lambda: control.fleet.find(before) is not None, "the takeover")
     assert docker.workers[before].running
+
+
+async def test_a_session_on_a_backend_that_is_away_at_the_start_is_found_with_its_worker(start, docker):
+    control = await start(lines(docker, 'proxy.health_interval = "100ms"'))
+    await control.app("contained", backend="docker")
+    visitor = await control.visit("contained")
+    before = control.worker_of(visitor).id
+    await control.quiet()
+    await control.stop_daemon()
+    docker.stop()
+    await control.start_daemon()
+    await asyncio.sleep(0.3)  # some rounds of housekeeping, which write down whose session is over
+    docker.start()
+    await until(lambda: control.fleet.find(before) and control.fleet.find(before).slots, "the takeover")
+    stranger = await control.visit("contained")
+    assert control.worker_of(stranger).id != before
+    again = await control.visit("contained", cookie=visitor.cookie)
+    assert control.worker_of(again).id == before
+
+
+async def test_a_worker_that_was_started_for_others_gets_no_stranger_after_a_restart(start, docker):
+    control = await start(lines(docker))
+    await control.app("contained", backend="docker")
+    await control.change("contained", access_type="logged_in")
+    _, token = await control.services.tokens.create("admin", "t")
+    worker = control.worker_of(await control.visit("contained", authorization=f"Bearer {token}".encode()))
+    await control.quiet()
+    await control.change("contained", access_type="public")
+    await control.stop_daemon()
+    await control.start_daemon()
+    found = control.fleet.find(worker.id)
+    control.fleet.reconcile(found.app_id)
+    assert (found.access, found.state) == ("logged_in", State.DRAINING)
+    await control.change("contained", max_sessions_per_worker=2)
+    assert control.worker_of(await control.visit("contained")).id != worker.id

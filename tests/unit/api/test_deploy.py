@@ -7,6 +7,7 @@ import tarfile
 import pytest
 
 from blockyard_api.bundles import deploy
+from blockyard_api.errors import OutOfSpace
 
 
 def archive(files):
@@ -112,6 +113,20 @@ async def test_a_database_that_fails_during_a_deployment_does_not_end_the_daemon
     await asyncio.wait(control.services.deployments.running())
     assert control.alive
     assert not list((control.state / "uploads").iterdir())
+
+
+async def test_what_fails_after_a_bundle_is_served_takes_nothing_from_it(control, app, monkeypatch):
+    async def full(_app_id):
+        raise OutOfSpace("disk_full", "The server's disk is full.")
+
+    monkeypatch.setattr(control.services.deployments, "_prune", full)
+    bundle, task = await upload(control, app)
+    told = await over(control, task)
+    assert control.catalog.get(app.id).active_bundle == bundle
+    assert (control.state / "bundles" / bundle / "app.R").exists()
+    assert [each.status for each in await control.services.deployments.list(app)] == ["ready"]
+    assert told.status == "completed"
+    assert "failed" in told.log
 
 
 async def test_the_daemon_ends_without_waiting_for_a_deployment_which_is_told_as_failed(start):

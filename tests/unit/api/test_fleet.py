@@ -1,7 +1,10 @@
 """The fleet against a spawner that speaks the real protocol and misbehaves: starts, ends, adoption, how many."""
 
 import asyncio
+import errno
+import os
 import sqlite3
+from pathlib import Path
 
 import pytest
 from running_control import until
@@ -410,3 +413,99 @@ async def test_every_state_a_worker_was_left_in_can_be_taken_over(control):
         await control.start_daemon()
         adopted = control.fleet.find(worker)
         await until(lambda adopted=adopted: adopted.state in (State.ACTIVE, State.DRAINING), state)
+
+
+async def test_a_worker_is_not_idle_while_a_visitor_sends_or_receives_for_longer_than_the_time_for_it(start, clock):
+    control = await start("proxy.idle_worker_timeout = '100s'")
+    await control.app()
+    visitor = await control.visit()
+    upload = await control.ask("/app/plain/session/x/upload/1", visitor.cookie, method=b"POST")
+    worker = control.worker_of(upload)
+    await clock.advance(101)
+    control.fleet.end_idle()
+    assert not worker.over.done()
+    upload.end()
+    control.fleet.end_idle()  # it has just been used
+    assert not worker.over.done()
+    await clock.advance(101)
+    control.fleet.end_idle()
+    assert worker.over.result() == "idle"
+
+
+async def test_an_open_websocket_alone_does_not_keep_a_worker(start, clock):
+    control = await start("proxy.idle_worker_timeout = '100s'")
+    await control.app()
+    visitor = await control.visit()
+    socket_, _ = await control.socket("plain", visitor.cookie)
+    worker = control.worker_of(socket_)
+    await clock.advance(101)
+    control.fleet.end_idle()
+    assert worker.over.result() == "idle"
+    await worker.ended.wait()
+
+
+# --- a host that has its own troubles --------------------------------------------------------------------------------
+
+
+def out_of_descriptors(*_args, **_kwargs):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+async def test_a_host_without_a_descriptor_for_a_workers_limits_serves_all_the_same(control, monkeypatch):
+    monkeypatch.setattr("blockyard_api.host.accounting.select.epoll", out_of_descriptors)
+    monkeypatch.setattr(control.fleet, "cgroup", lambda _worker: Path("/nonexistent"))
+    await control.app()
+    await control.visit()
+    assert control.alive
+
+
+async def test_a_host_without_a_descriptor_for_the_spawner_ends_nothing_but_the_request(control, monkeypatch):
+    await control.app()
+    await control.visit()
+    control.services.spawner._connection.fail("truncated")  # what a descriptor that does not fit comes to
+    with monkeypatch.context() as context:
+        context.setattr("blockyard_api.backends.spawner.socket.socket", out_of_descriptors)
+        control.fleet.all()[0].end("idle")
+        await asyncio.sleep(0.2)
+        assert control.alive
+    await until(lambda: not control.spawner.running(), "the worker's end")
+
+
+async def test_housekeeping_on_a_disk_that_fails_is_put_off(start, monkeypatch):
+    met = asyncio.Event()
+
+    def read_only(*_args):
+        met.set()
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("blockyard_api.workers.log._prune", read_only)
+    control = await start('proxy.health_interval = "50ms"')
+    await asyncio.sleep(0.3)
+    assert met.is_set()
+    assert control.alive
+
+
+async def test_the_logs_of_an_apps_ended_workers_are_bounded_all_together(control, monkeypatch):
+    monkeypatch.setattr("blockyard_api.workers.fleet._LOGS_KEPT", 100_000)
+    await control.app()
+    made = []
+    for _ in range(4):
+        worker = control.worker_of(await control.visit())
+        made.append(control.state / "logs" / f"{worker.id}.log")
+        made[-1].write_bytes(b"x" * 45_000)
+        worker.end("idle")
+        await worker.ended.wait()
+        await asyncio.sleep(0.01)  # their ends have an order
+    assert [path.exists() for path in made] == [False, False, True, True]
+
+
+async def test_what_is_known_to_others_is_asked_once_the_spawner_has_answered(control):
+    await control.app()
+    await control.visit()
+    (spawned,) = control.spawner.running()
+    known = control.fleet._workers.pop(spawned.id)
+    begun = set()
+    control.spawner.rewrite["list"] = lambda message: begun.add(spawned.id) or message
+    await control.fleet.sweep(lambda: begun)
+    assert control.spawner.running() == [spawned]
+    control.fleet._workers[spawned.id] = known

@@ -1,6 +1,7 @@
 """The firewall's rules as texts, and that nothing but parsed values gets into them."""
 
 import re
+import subprocess
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -112,7 +113,17 @@ def test_connections_are_not_tracked_for_the_sake_of_the_rules():
 def test_the_commands_that_load_are_a_pipeline_each(form):
     commands = loaded_by(form, "by admin firewall")
     assert all(not command.startswith("sudo") for command in commands)
-    assert commands[0].startswith("by admin firewall | ")
+    assert commands[0].startswith(("by admin firewall | ", "rules=$(by admin firewall) && "))
+
+
+def test_rules_that_cannot_be_printed_replace_none(tmp_path):
+    for name in ("install", "systemctl"):
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/touched\n")
+        (tmp_path / name).chmod(0o755)
+    for command in loaded_by(Format.SYSTEMD, "false"):
+        done = subprocess.run(["/bin/sh", "-c", command], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=False)
+        assert done.returncode != 0
+    assert not (tmp_path / "touched").exists()
 
 
 def test_the_record_of_a_cgroup_tells_rules_that_match_nobody():
