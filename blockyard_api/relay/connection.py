@@ -43,6 +43,10 @@ class Surroundings(Protocol):
     patience: Patience
     closing: bool
 
+    @property
+    def overrun(self) -> bool:
+        """Whether so many are refused that they are not given the time to read why."""
+
     def arrived(self, connection: "ClientConnection", address: str) -> Reply | None:
         """Count a new connection in; returns the refusal if there are too many."""
 
@@ -98,6 +102,7 @@ class ClientConnection(asyncio.Protocol):
         "_tracker",
         "_transport",
         "_tunnel",
+        "_until_close",
         "_uploaded",
         "_worker",
         "wants_body",
@@ -127,6 +132,7 @@ class ClientConnection(asyncio.Protocol):
         self._repeatable = False
         self._responded = False
         self._chunking = False
+        self._until_close = False  # nothing but the connection's end tells the end of the response
         self._keep = True
         self._eof = False
         self._reading = True
@@ -151,6 +157,8 @@ class ClientConnection(asyncio.Protocol):
         refusal = self._relay.arrived(self, self._peer)
         if refusal is not None:
             self._refuse(refusal)
+            if self._relay.overrun:
+                self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Take the next bytes, whatever they are at this point."""
@@ -167,6 +175,9 @@ class ClientConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Close, unless an answer is still owed: a client may close its sending half after its request."""
         self._eof = True
+        if self._state == _BETWEEN and self._held:  # requests that came at once, and are not answered yet
+            asyncio.get_running_loop().call_soon(self._continue)
+            return True
         return self._state in (_DECIDING, _RELAYING) and self._uploaded
 
     def pause_writing(self) -> None:
@@ -200,8 +211,6 @@ class ClientConnection(asyncio.Protocol):
         if self._state == _BETWEEN and self._held and not self._paused and not self._transport.is_closing():
             data, self._held = self._held, b""
             self._read_request(data)
-            if self._state == _BETWEEN and self._eof:
-                self._transport.close()
 
     def _read_request(self, data: bytes) -> None:
         if self._paused:  # a client that pipelines without reading waits for itself
@@ -224,7 +233,7 @@ class ClientConnection(asyncio.Protocol):
         self._left = request.length
         self._decoder = ChunkedDecoder() if request.chunked else None
         self._uploaded = not (request.length or request.chunked)
-        self._responded = self._chunking = self._blocked = False
+        self._responded = self._chunking = self._until_close = self._blocked = False
         self._age = self._probes = 0
         self.wants_body = request.method != b"HEAD"
         self.websocket = request.websocket
@@ -240,6 +249,8 @@ class ClientConnection(asyncio.Protocol):
         if not self._held:
             self._age = 0
         self._held = data
+        if self._eof:  # the rest of it will not come
+            self._transport.close()
         self._read(on=True)
 
     def _admit(self, request: Request) -> None:
@@ -365,6 +376,7 @@ class ClientConnection(asyncio.Protocol):
             self._chunking = has_body
             framing = b"Transfer-Encoding: chunked\r\n"
         else:
+            self._until_close = has_body
             self._keep = self._keep and not has_body
             framing = b""
         if not self._keep:
@@ -416,6 +428,7 @@ class ClientConnection(asyncio.Protocol):
     def worker_blocked(self, *, blocked: bool) -> None:
         """Stop reading while the worker does not."""
         self._blocked = blocked
+        self._quiet = 0  # it was not the visitor who kept still
         if not self._uploaded:
             self._read(on=not blocked)
 
@@ -427,12 +440,15 @@ class ClientConnection(asyncio.Protocol):
             heads.response_head(response, forward.response_headers, b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
         )
         self._state = _TUNNEL
+        # Both before there is a tunnel, which a transport tells once, when it is full, and not again.
+        self._read(on=True)
+        if self._paused:
+            worker.hold_back()
         keep_alive(self._transport)
         tunnel = Tunnel(self._transport, worker.detach(), forward.tracker.visitor_message, self._tunnel_ended)
         self._tunnel = tunnel
         held, self._held = self._held, b""
         tunnel.start(held, rest)
-        self._read(on=True)
         forward.tracker.websocket_opened(tunnel.abort)
 
     # ends
@@ -452,7 +468,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _finish(self) -> None:
         self._end_exchange()
-        if not self._keep:
+        if not self._keep or self._relay.closing:
             self._leave()
             return
         self._state = _BETWEEN
@@ -478,7 +494,7 @@ class ClientConnection(asyncio.Protocol):
     def _break_off(self) -> None:
         """Make sure that half a response is not taken for a whole one."""
         self._end_exchange()
-        if not self._chunking and self._request.minor == 0:
+        if self._until_close or (not self._chunking and self._request.minor == 0):
             reset(self._transport)  # the end of the connection would be the end of the body
         else:
             self._transport.close()

@@ -12,6 +12,8 @@ from blockyard_api.relay.head import refusal
 from blockyard_api.relay.origin import Network, Origin, is_within
 from blockyard_api.relay.upstream import Pool
 
+_REFUSED = 128  # connections that may read why they were refused, at the same time
+
 
 @dataclass(frozen=True, slots=True)
 class RelayLimits:
@@ -51,6 +53,7 @@ class Relay:
         self._tick = min(1.0, *(seconds / 4 for seconds in durations.values()))
         self.patience = Patience(**{name: self._ticks(seconds) for name, seconds in durations.items()})
         self._connections: set[ClientConnection] = set()
+        self._refused: set[ClientConnection] = set()  # of these, those that only read why
         self._addresses: Counter[str] = Counter()
         self._pools: dict[int, tuple[Upstream, Pool]] = {}
         self._servers: list[asyncio.Server] = []
@@ -116,21 +119,34 @@ class Relay:
 
     def arrived(self, connection: ClientConnection, address: str) -> Reply | None:
         """Count a new connection in; returns the refusal if there are too many."""
+        among = len(self._connections) - len(self._refused)
+        refused = self._refusal(address, among + 1, self._addresses[address] + 1)
         self._connections.add(connection)
         self._addresses[address] += 1
+        if refused is not None:
+            self._refused.add(connection)
         if self._clock is None:
             self._clock = asyncio.get_running_loop().call_later(self._tick, self._on_tick)
+        return refused
+
+    def _refusal(self, address: str, among: int, of_its_address: int) -> Reply | None:
         if self.closing:
             return refusal(503, "The server is stopping.", (b"Retry-After", b"5"))
-        if len(self._connections) > self._limits.connections:
+        if among > self._limits.connections:
             return refusal(503, "Too many connections are open.", (b"Retry-After", b"10"))
-        if self._addresses[address] > self._limits.connections_per_address and not is_within(address, self._trusted):
+        if of_its_address > self._limits.connections_per_address and not is_within(address, self._trusted):
             return refusal(429, "Too many connections from one address.", (b"Retry-After", b"10"))
         return None
+
+    @property
+    def overrun(self) -> bool:
+        """Whether so many are refused that they are not given the time to read why."""
+        return len(self._refused) > _REFUSED
 
     def left(self, connection: ClientConnection, address: str) -> None:
         """Count a connection out."""
         self._connections.discard(connection)
+        self._refused.discard(connection)
         self._addresses[address] -= 1
         if not self._addresses[address]:
             del self._addresses[address]

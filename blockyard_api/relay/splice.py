@@ -105,6 +105,7 @@ class Splice:
                 if not self._held and not self._left:
                     self._end(None)
                     return
+            self._wait(-1)  # begin to wait anew: after an error of its socket, the loop waits no more
         except BlockingIOError:
             pass
         except OSError as error:

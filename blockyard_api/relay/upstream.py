@@ -12,6 +12,7 @@ from blockyard_api.relay.head import END, MAX_HEAD, BadHead, Response, parse_res
 from blockyard_api.relay.splice import FROM, Splice, Unsupported
 
 _MAX_INTERIM: Final = 16
+_LAST_WORDS: Final = 16  # reads; what waits for us is a socket's buffer, and who writes on is not waited for
 _DIAL_WITHIN: Final = 10.0  # seconds; a Unix socket connects at once unless its backlog is full
 
 COPIED: Final = 8192  # bytes; more are handed on where they are, which is dearer for fewer
@@ -113,7 +114,8 @@ class WorkerConnection(asyncio.Protocol):
         """End the exchange after its response; `reusable` if the request was sent whole."""
         self._exchange = None
         self.used = True
-        if reusable and self._keep:
+        # what it has not taken yet of this request would keep the next one waiting
+        if reusable and self._keep and not self.transport.get_write_buffer_size():
             self._pool.put(self)
         else:
             self._pool.free_place()
@@ -191,7 +193,9 @@ class WorkerConnection(asyncio.Protocol):
     def _read_last_words(self) -> None:
         # a worker that refuses an upload answers and closes: our write fails while its answer is still unread
         with contextlib.suppress(OSError):
-            while self._exchange is not None and (data := self._sock.recv(MAX_HEAD)):
+            for _ in range(_LAST_WORDS):
+                if self._exchange is None or not (data := self._sock.recv(MAX_HEAD)):
+                    break
                 self.data_received(data)
 
     # reading

@@ -258,7 +258,9 @@ _TITLES = {
 def _is_asset(head: RequestHead) -> bool:
     """Whether a page merely fetches a part of itself; what only claims so gets no more than a part of a page."""
     asset = (head.get(b"sec-fetch-dest") or b"").lower() in _ASSETS
-    return asset and head.method in (b"GET", b"HEAD") and not head.websocket
+    # With a body, which a worker waits for to its end, strangers could keep all of its connections.
+    bare = head.get(b"transfer-encoding") is None and (head.get(b"content-length") or b"0") == b"0"
+    return asset and bare and head.method in (b"GET", b"HEAD") and not head.websocket
 
 
 def _navigates(head: RequestHead) -> bool:

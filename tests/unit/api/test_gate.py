@@ -232,6 +232,17 @@ async def test_what_a_database_cannot_keep_costs_no_visitor_his_page(control):
     assert control.alive
 
 
+async def test_a_part_of_a_page_has_no_body_and_what_has_one_begins_a_session(control):
+    await control.app()
+    await control.visit()
+    part = await control.ask("/app/plain/x.js", sec_fetch_dest=b"script")
+    assert part.end().forwarded
+    assert part.cookie is None
+    for more in ({"content_length": b"1000000"}, {"transfer_encoding": b"chunked"}):
+        claims = await control.ask("/app/plain/x.js", sec_fetch_dest=b"script", **more)
+        assert claims.end().cookie is not None
+
+
 # --- the world changes while a visitor waits -------------------------------------------------------------------------
 
 
