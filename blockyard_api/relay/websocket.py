@@ -4,25 +4,37 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
+_MOST_AT_ONCE: Final = 8192  # frames in what the loop reads at once: as with chunks, more would keep everybody waiting
 _GOING_AWAY: Final = b"\x88\x02\x03\xe9"  # a server's Close frame, status 1001
 
 
 class FrameScanner:
     """Follows one direction of a WebSocket, however its bytes are split, without looking at payloads."""
 
-    __slots__ = ("_header", "_skip", "between_frames")
+    __slots__ = ("_header", "_lost", "_skip", "between_frames")
 
     def __init__(self) -> None:
+        self._lost = False  # there were too many frames to follow
         self._header = b""  # the beginning of a frame header
         self._skip = 0  # payload bytes still to come
         self.between_frames = True  # the bytes seen so far end where a frame ends
 
     def scan(self, data: bytes) -> bool:
-        """Take the next bytes; return whether a data frame (text, binary, continuation) begins in them."""
+        """Take the next bytes; return whether a data frame (text, binary, continuation) begins in them.
+
+        Where there are too many frames to be followed, everything counts as data from then on.
+        """
+        if self._lost:
+            return True
         size = len(data)
         at = self._skip
         seen = False
+        frames = 0
         while at < size:
+            frames += 1
+            if frames > _MOST_AT_ONCE:
+                self._lost, self.between_frames = True, False
+                return True
             begun = len(self._header)
             header = self._header + data[at : at + 14 - begun]
             length = _header_length(header)

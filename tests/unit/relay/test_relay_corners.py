@@ -8,7 +8,9 @@ import pytest
 from test_relay_crowds import GET, UPGRADE
 
 from blockyard_api.relay import upstream
+from blockyard_api.relay.body import LAST_CHUNK, BadBody, ChunkedDecoder
 from blockyard_api.relay.gate import Reply
+from blockyard_api.relay.websocket import FrameScanner
 
 POST = b"POST / HTTP/1.1\r\nHost: demo\r\nContent-Length: %d\r\n\r\n"
 
@@ -161,3 +163,20 @@ async def test_each_of_several_requests_is_answered_after_their_sender_closed_hi
     await client.send(b"".join(b"GET %b HTTP/1.1\r\nHost: demo\r\n\r\n" % target.encode() for target in targets))
     client.writer.write_eof()
     assert (await client.rest()).count(b"HTTP/1.1 ") == len(targets)
+
+
+def test_a_flood_of_tiny_chunks_is_refused_and_what_a_server_writes_is_not():
+    with pytest.raises(BadBody):
+        ChunkedDecoder().feed(b"1\r\nx\r\n" * 40_000 + LAST_CHUNK)
+    pieces, rest = ChunkedDecoder().feed(b"20\r\n" + bytes(32) + b"\r\n" + LAST_CHUNK)
+    assert (pieces, rest) == ([bytes(32)], b"")
+    assert ChunkedDecoder().feed((b"28\r\n" + bytes(40) + b"\r\n") * 5_500 + LAST_CHUNK)[1] == b""
+
+
+def test_too_many_frames_to_follow_count_as_data_and_end_nowhere_in_particular():
+    scanner = FrameScanner()
+    assert not scanner.scan(b"\x89\x00" * 100)  # pings
+    assert scanner.between_frames
+    assert scanner.scan(b"\x89\x00" * 100_000)
+    assert not scanner.between_frames
+    assert scanner.scan(b"\x89\x00")
