@@ -132,14 +132,19 @@ async def running(
 async def _adopt(fleet: Fleet, sessions: Sessions, log_pipes: dict[str, int]) -> None:
     for attempt in range(10**9):
         try:
-            await fleet.adopt(log_pipes)
-            await sessions.adopt()
+            await _take_over(fleet, sessions, log_pipes)
             fleet.adopted.set()
         except BlockyardError as error:
             log.warning("workers of an earlier run are not taken over yet: %s", error.message)
         else:
             return
         await asyncio.sleep(_ADOPT_AGAIN[min(attempt, len(_ADOPT_AGAIN) - 1)])
+
+
+async def _take_over(fleet: Fleet, sessions: Sessions, log_pipes: dict[str, int]) -> None:
+    """Go on with the workers of an earlier run, as far as their backends are there, and with their sessions."""
+    await fleet.adopt(log_pipes)
+    await sessions.adopt()
 
 
 async def _keep_house(
@@ -163,8 +168,7 @@ async def _keep_house(
             fleet.reconcile(app.id)
         await _try(sessions.save)
         if fleet.waited_for():
-            await _try(partial(fleet.adopt, log_pipes))
-            await _try(sessions.adopt)
+            await _try(partial(_take_over, fleet, sessions, log_pipes))
         await _try(partial(fleet.sweep, lambda: checks.probing))
         await _try(fleet.look_at_limits)
         if loop.time() >= clean_at:
@@ -182,7 +186,5 @@ async def _try(chore: Callable[[], Awaitable[None]]) -> None:
     """Do what can be done later just as well."""
     try:
         await chore()
-    except BlockyardError as error:
-        log.warning("housekeeping is put off: %s", error.message)
-    except OSError as error:  # a disk that fails is no reason to send everybody away
+    except (BlockyardError, OSError) as error:  # also a disk that fails is no reason to send everybody away
         log.warning("housekeeping is put off: %s", error)

@@ -261,14 +261,13 @@ class Spawner:
 
     async def _open(self) -> tuple[_Connection, Identity]:
         loop = asyncio.get_running_loop()
+        kind = socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         try:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        except OSError as error:  # no descriptor is left
-            raise SpawnerUnreachable(f"{self._path}: {error.strerror}") from error
-        try:
-            sock.connect(self._path)  # a Unix socket connects at once or not at all
-        except OSError as error:
-            sock.close()
+            with contextlib.ExitStack() as opened:
+                sock = opened.enter_context(socket.socket(socket.AF_UNIX, kind))
+                sock.connect(self._path)  # a Unix socket connects at once or not at all
+                opened.pop_all()
+        except OSError as error:  # also where no descriptor is left
             raise SpawnerUnreachable(f"{self._path}: {error.strerror}") from error
         connection = _Connection(sock)
 

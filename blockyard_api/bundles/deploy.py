@@ -156,10 +156,8 @@ class Deployments:
                 if not served:
                     await asyncio.to_thread(shutil.rmtree, self._bundles / bundle_id, ignore_errors=True)
                     await self._set_status(bundle_id, "failed")
-            if served:
-                await self._say(task_id, f"{_SERVED} Something after that failed: {message}", status="completed")
-            else:
-                await self._say(task_id, message, status="failed")
+            told = f"{_SERVED} Something after that failed: {message}" if served else message
+            await self._say(task_id, told, status="completed" if served else "failed")
         except (OutOfSpace, StoreUnavailable):  # `recover` tells it at the next start
             log.exception("deployment of bundle %s failed (%s), and that could not be stored", bundle_id, message)
 

@@ -103,8 +103,6 @@ class AppGate:
         if session is not None:
             worker = _serving(session, rest)
             if rest != READY_PATH and self._serves(worker, session, visit):
-                if not head.websocket:
-                    worker.touch()
                 return self._forward(visit, worker, session, ())
         elif _is_asset(head):
             # a stray asset begins no session: an image on a foreign page must not start workers
@@ -192,13 +190,15 @@ class AppGate:
 
     def _forward(self, visit: "_Visit", worker: Worker, session: Session | None, cookies: Sequence[Header]) -> Forward:
         user = visit.principal.sub if visit.principal is not None else None
+        # Not what a foreign page or the loading page asks for, nor a handshake, which counts when it succeeds.
+        used = session is not None and not visit.head.websocket and visit.rest != READY_PATH
         return Forward(
             worker.upstream,
             visit.rest,
             self._addresses.prefix(visit.app.name).encode(),
             _identity(user, visit.relation or "anonymous"),
             cookies,
-            self._sessions.track(session, worker),
+            self._sessions.track(session, worker, used=used),
         )
 
     def _loading(self, app: App, cookies: Sequence[Header]) -> Reply:

@@ -84,14 +84,15 @@ def holder(principal: Principal | None, client: str) -> str:
 class Tracker:
     """Follows one request of a session through the relay."""
 
-    __slots__ = ("_ended", "_registry", "_session", "_socket", "_under_way", "_worker")
+    __slots__ = ("_ended", "_registry", "_session", "_socket", "_under_way", "_used", "_worker")
 
-    def __init__(self, registry: "Sessions", session: Session | None, worker: Worker) -> None:
+    def __init__(self, registry: "Sessions", session: Session | None, worker: Worker, *, used: bool) -> None:
         self._registry = registry
         self._session = session
         self._worker = worker
         self._socket: object | None = None
         self._ended = False
+        self._used = used
         self._under_way = True
         worker.requests += 1
         if session is not None:
@@ -103,6 +104,8 @@ class Tracker:
             return
         self._ended = True
         self._answered()
+        if self._used:
+            self._worker.touch()
         if self._session is None:
             return
         session = self._session
@@ -119,13 +122,13 @@ class Tracker:
             if self._session.over:
                 close()
         self._answered()
+        self._worker.touch()
 
     def _answered(self) -> None:
         """Note that the worker has nothing more to do for the request; an open WebSocket is no work by itself."""
         if self._under_way:
             self._under_way = False
             self._worker.requests -= 1
-            self._worker.touch()
 
     def visitor_message(self) -> None:
         """Note that the visitor did something."""
@@ -270,9 +273,9 @@ class Sessions:
         """Return the sessions that hold a slot of a worker."""
         return [self._sessions[key] for key in worker.slots if key in self._sessions]
 
-    def track(self, session: Session | None, worker: Worker) -> Tracker:
-        """Return the tracker of one request."""
-        return Tracker(self, session, worker)
+    def track(self, session: Session | None, worker: Worker, *, used: bool) -> Tracker:
+        """Return the tracker of one request; `used`: it is a visitor's deed, after which the worker is not idle."""
+        return Tracker(self, session, worker, used=used)
 
     async def adopt(self) -> None:
         """Take over the sessions of an earlier run whose workers live; again, once more workers were taken over."""

@@ -444,6 +444,19 @@ async def test_an_open_websocket_alone_does_not_keep_a_worker(start, clock):
     await worker.ended.wait()
 
 
+async def test_what_a_foreign_page_fetches_does_not_keep_a_worker(start, clock):
+    control = await start("proxy.idle_worker_timeout = '100s'")
+    await control.app()
+    worker = control.worker_of(await control.visit())
+    await clock.advance(60)
+    stray = await control.ask("/app/plain/logo.png", sec_fetch_dest=b"image")
+    assert stray.end().forwarded
+    await clock.advance(41)
+    control.fleet.end_idle()
+    assert worker.over.result() == "idle"
+    await worker.ended.wait()
+
+
 # --- a host that has its own troubles --------------------------------------------------------------------------------
 
 

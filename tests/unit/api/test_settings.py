@@ -79,7 +79,7 @@ def test_a_wrong_value_is_one_sentence_that_names_the_file_and_what_to_write(tmp
     ("variable", "remedy"),
     [
         ("BLOCKYARD_PROCESS_NETWROK", "did you mean 'BLOCKYARD_PROCESS_NETWORK'"),
-        ("BLOCKYARD_VAULT_XXXXXXXXXXXXXXXXXXXXXXXX", "remove it"),
+        ("BLOCKYARD_VAULT_QJZQJZQJZQJZQJZQJZQJZQJZ", "remove it"),
     ],
 )
 def test_a_variable_that_is_no_key_is_not_ignored(tmp_path, variable, remedy):
