@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import delete, insert, select, update
 
-from blockyard_api.errors import BadRequest, Forbidden, Gone, NotFound, OutOfSpace, TooMany, Unauthorized
+from blockyard_api.errors import BadRequest, Forbidden, Gone, NotFound, TooMany, Unauthorized
 from blockyard_api.identity.allowance import Allowance
-from blockyard_api.store.database import Database, StoreUnavailable
+from blockyard_api.store.database import Database, dispensable
 from blockyard_api.store.tables import bootstrap_tokens, tokens, users
 
 PREFIX = "by_"
@@ -93,13 +93,11 @@ class Tokens:
             raise _unknown()
         if now - self._seen.get(principal.token_id, 0) > _SEEN_EVERY:
             self._seen[principal.token_id] = now
-            try:
+            with dispensable(log, "a token's use is not recorded"):  # it is right all the same
                 async with self._database.begin() as connection:
                     await connection.execute(
                         update(tokens).where(tokens.c.id == principal.token_id).values(last_used_at=now)
                     )
-            except (OutOfSpace, StoreUnavailable) as error:  # the token is right all the same
-                log.warning("a token's use is not recorded: %s", error.message)
             if hashed not in self._known:  # revoked while that was written
                 raise _unknown()
         return principal

@@ -16,11 +16,11 @@ from typing import Any
 from sqlalchemy import Executable, bindparam, func, insert, select, update
 
 from blockyard_api.apps.catalog import App
-from blockyard_api.errors import OutOfSpace, TooMany
+from blockyard_api.errors import TooMany
 from blockyard_api.identity.allowance import Allowance, neighbourhood
 from blockyard_api.identity.tokens import Principal, digest
 from blockyard_api.settings import Proxy
-from blockyard_api.store.database import Database, StoreUnavailable
+from blockyard_api.store.database import Database, dispensable
 from blockyard_api.store.tables import sessions as table
 from blockyard_api.store.tables import workers
 from blockyard_api.workers.fleet import Fleet, Worker
@@ -218,11 +218,10 @@ class Sessions:
             )
 
     async def _record(self, statement: Executable) -> None:
-        try:
+        # The visitor is served; only a restart would not know him.
+        with dispensable(log, "a session is not recorded"):
             async with self._database.begin() as connection:
                 await connection.execute(statement)
-        except (OutOfSpace, StoreUnavailable) as error:  # the visitor is served; only a restart would not know him
-            log.warning("a session is not recorded: %s", error.message)
 
     def let_lapse(self, session: Session, *, dropped: bool) -> None:
         """Start the time after which the slot is free, unless something of the visitor's is open by then."""

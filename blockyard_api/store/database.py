@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ class MigrationFailed(BlockyardError):
 
 class StoreUnavailable(Unavailable):
     """The database cannot be used at the moment: it is locked, no descriptor is left to open it, or it is read-only."""
+
+
+@contextmanager
+def dispensable(to: logging.Logger, otherwise: str) -> Iterator[None]:
+    """Do without the database where it can be neither written nor read: say what is `otherwise`, and go on."""
+    try:
+        yield
+    except (OutOfSpace, StoreUnavailable) as error:
+        to.warning("%s: %s", otherwise, error.message)
 
 
 class Database:

@@ -23,11 +23,11 @@ from sqlalchemy.dialects.sqlite import insert
 from blockyard_api.apps.catalog import App, Catalog, SwitchedOff
 from blockyard_api.backends.spawner import Result, Spawner, SpawnerRefused, SpawnerUnreachable
 from blockyard_api.backends.worker_socket import WorkerSocket
-from blockyard_api.errors import OutOfSpace, TooMany, Unavailable
+from blockyard_api.errors import TooMany, Unavailable
 from blockyard_api.host import accounting
 from blockyard_api.host.notify import ServiceManager
 from blockyard_api.settings import Settings
-from blockyard_api.store.database import Database, StoreUnavailable
+from blockyard_api.store.database import Database, dispensable
 from blockyard_api.store.tables import workers as table
 from blockyard_api.workers.life import State, transition
 from blockyard_api.workers.limits import Limits
@@ -610,13 +610,10 @@ class Fleet:
     async def _bound_logs(self, app_id: str) -> None:
         """Delete the oldest logs of an app whose ended workers wrote too much: none fills the disk by failing."""
         ended = select(table.c.id).where(table.c.app_id == app_id, table.c.status == State.ENDED.value)
-        try:
+        with dispensable(log, "logs of ended workers are not looked at"):
             async with self._database.begin() as connection:
                 rows = await connection.execute(ended.order_by(table.c.ended_at.desc()).limit(_LOGS_LOOKED_AT))
                 newest_first = [row.id for row in rows]
-        except (OutOfSpace, StoreUnavailable) as error:
-            log.warning("logs of ended workers are not looked at: %s", error.message)
-        else:
             await self._logs.keep_within(newest_first, _LOGS_KEPT)
 
     def _judge(self, worker: Worker, pool: _Pool, why: str, *, started: bool) -> None:
@@ -653,11 +650,10 @@ class Fleet:
             "end_reason": worker.end_reason,
         }
         statement = insert(table).values(id=worker.id, **row).on_conflict_do_update(index_elements=["id"], set_=row)
-        try:
+        # Visitors are served; only a restart would not find it.
+        with dispensable(log, f"worker {worker.id} is not recorded"):
             async with self._database.begin() as connection:
                 await connection.execute(statement)
-        except (OutOfSpace, StoreUnavailable) as error:  # visitors are served; only a restart would not find it
-            log.warning("worker %s is not recorded: %s", worker.id, error.message)
 
     # --- from outside --------------------------------------------------------------------------------------------
 
