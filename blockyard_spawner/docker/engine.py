@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import json
+import re
 import struct
 from collections.abc import AsyncIterator, Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 import aiohttp
@@ -115,7 +117,10 @@ class Engine:
             await self._ask("DELETE", f"networks/{network}")
 
     async def output(self, container: str, since: str) -> AsyncIterator[tuple[str, bytes]]:
-        """Yield what a container writes, from a time on (``seconds.nanoseconds``) until it ends, each with its time."""
+        """Yield what a container writes, from a time on until it ends, each piece with its time.
+
+        Times are ``seconds.nanoseconds``, and compare as text until the year 2286.
+        """
         asked = {"stdout": "1", "stderr": "1", "follow": "1", "timestamps": "1", "since": since}
         async with self._stream(f"containers/{container}/logs", asked) as content:
             while header := await content.read(_HEADER.size):
@@ -123,8 +128,8 @@ class Engine:
                     header += await content.readexactly(_HEADER.size - len(header))
                 stream, length = _HEADER.unpack(header)
                 moment, _, data = (await content.readexactly(length)).partition(b" ")
-                if stream != _ITS_OWN:
-                    yield moment.decode(errors="replace"), data
+                if stream != _ITS_OWN and (known := _instant(moment.decode(errors="replace"))):
+                    yield known, data
 
     async def events(self, event: str, label: str) -> AsyncIterator[str]:
         """Yield the ids of containers with this label to which an event happens."""
@@ -192,6 +197,16 @@ async def _content(answer: aiohttp.ClientResponse) -> Any:  # noqa: ANN401 - JSO
             raise EngineRefused(answer.status, str(found["message"] if isinstance(found, dict) else text))
         return found
     raise EngineRefused(answer.status, text)
+
+
+def _instant(moment: str) -> str:
+    """Turn RFC 3339, up to nanoseconds and of any zone, into ``seconds.nanoseconds``; what is no time into nothing."""
+    try:
+        whole = datetime.fromisoformat(moment)
+    except ValueError:
+        return ""
+    fraction = re.search(r"\.(\d{1,9})", moment)
+    return f"{int(whole.timestamp())}.{fraction[1] if fraction else '':0<9}"
 
 
 @contextlib.contextmanager

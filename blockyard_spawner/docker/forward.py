@@ -1,7 +1,7 @@
 """What a worker writes, moved from the engine to the API's pipe.
 
 The engine keeps it in a bounded log of its own, so nothing is lost while nobody reads the pipe, or while this helper
-is away: the last line's time is written down, and reading goes on after it.
+is away: which piece was the last is written down, and reading goes on after it.
 """
 
 import asyncio
@@ -9,33 +9,54 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 from blockyard_spawner.docker.engine import Engine
 from blockyard_spawner.protocol import Refused
 
 _PIPE = 1 << 20  # bytes: as much as an ordinary user may ask for
 _AGAIN = 0.2  # seconds
-_WIDTH = 64  # bytes of a position's file
+_WIDTH = 96  # bytes of a position's file
+_BEFORE = 2  # seconds by which a line may be later in the engine's log than one that was stamped after it
 
 
 class Position:
-    """How far a worker's output was moved, kept in a file; a missing one is the beginning.
+    """Which piece of a worker's output was moved last, kept in a file; a missing one is the beginning.
 
-    The parts of a long line have one and the same time, so the time alone does not tell how far.
+    It is known by its time and by how many of that time came before it: the parts of a long line share one, and some
+    engines tell seconds alone. Times do not only grow: an engine's two readers, of standard output and error, stamp a
+    line before they queue it, and a busy machine lets them pass each other.
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self.moment, self.count = path, "", 0
+        self._path, self.moment, self.count, self._newest = path, "", 0, ""
         with contextlib.suppress(FileNotFoundError, ValueError), open(path, encoding="ascii") as file:
-            moment, count = file.read().split()
-            instant(moment)  # one that is none is a ValueError
-            self.moment, self.count = moment, int(count)
+            moment, count, newest = file.read().split()
+            earlier(moment), earlier(newest)  # one that is none is a ValueError
+            self.moment, self.count, self._newest = moment, int(count), newest
 
     @property
     def since(self) -> str:
-        """Where to go on reading: what has this time may be there already, `count` times."""
-        return instant(self.moment) if self.moment else "0"
+        """Where to go on reading: a little before the last piece."""
+        return earlier(self.moment) if self.moment else "0"
+
+    def unmoved(self) -> Callable[[str], bool]:
+        """Return a function that tells of each piece from `since` on, in the engine's order, whether to move it.
+
+        Up to the last one that was moved, none is; nor while times are no newer than the newest, so that nothing is
+        moved twice where the engine has dropped that piece meanwhile.
+        """
+        left, moment, newest = self.count, self.moment, self._newest
+
+        def is_unmoved(of: str) -> bool:
+            nonlocal left
+            if of > newest:
+                left = 0
+            if not left:
+                return True
+            left -= of == moment
+            return False
+
+        return is_unmoved
 
     def advance(self, moment: str) -> None:
         """Note that a piece of this time was moved.
@@ -43,20 +64,20 @@ class Position:
         Where an app has filled the file system, it cannot be written down, and after a restart it is moved again.
         """
         self.count = self.count + 1 if moment == self.moment else 1
-        self.moment = moment
+        self.moment, self._newest = moment, max(self._newest, moment)
         with contextlib.suppress(OSError):
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                os.pwrite(descriptor, f"{moment} {self.count}".ljust(_WIDTH).encode(), 0)  # always over all of the last
+                line = f"{moment} {self.count} {self._newest}"
+                os.pwrite(descriptor, line.ljust(_WIDTH).encode(), 0)  # always over all of the last
             finally:
                 os.close(descriptor)
 
 
-def instant(moment: str) -> str:
-    """Turn the engine's time (RFC 3339, up to nanoseconds) into ``seconds.nanoseconds``."""
-    whole, _, rest = moment.partition(".")
-    digits = "".join(character for character in rest if character.isdigit())[:9].ljust(9, "0")
-    return f"{int(datetime.fromisoformat(whole[:19]).replace(tzinfo=UTC).timestamp())}.{digits}"
+def earlier(moment: str) -> str:
+    """Return a time before another, both ``seconds.nanoseconds``. Raises ValueError."""
+    seconds, nanoseconds = moment.split(".")
+    return f"{int(seconds) - _BEFORE}.{int(nanoseconds):09}"
 
 
 async def forward(engine: Engine, container: str, pipe: int, position: Position, ended: Callable[[], bool]) -> None:
@@ -67,14 +88,12 @@ async def forward(engine: Engine, container: str, pipe: int, position: Position,
     with contextlib.suppress(BrokenPipeError):
         while True:
             last = ended()  # before the look: what comes after the end is nothing
-            begun, known = position.moment, position.count
+            is_unmoved = position.unmoved()
             try:
                 async for moment, data in engine.output(container, position.since):
-                    if moment == begun and known:
-                        known -= 1
-                        continue
-                    await _write(pipe, data)
-                    position.advance(moment)
+                    if is_unmoved(moment):
+                        await _write(pipe, data)
+                        position.advance(moment)
             except Refused as error:
                 last = last and getattr(error, "status", 0) == 404
             if last:

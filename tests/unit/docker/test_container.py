@@ -1,7 +1,6 @@
 """A Docker worker as what the engine is told: a change of policy is a visible change of the golden file."""
 
 import json
-import os
 from collections import deque
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from blockyard_spawner import config as base
 from blockyard_spawner import policy
 from blockyard_spawner.config import ConfigError, DataMount
 from blockyard_spawner.docker import config, container
-from blockyard_spawner.docker.forward import Position, forward, instant
 from blockyard_spawner.docker.networks import Networks
 from blockyard_spawner.docker.workers import check_runtimes
 from blockyard_spawner.protocol import Limits, Spawn
@@ -99,53 +97,6 @@ def test_containers_in_a_workers_network_may_talk_only_where_there_are_sidecars(
 def test_a_wrong_value_is_refused(key, value):
     with pytest.raises(ValueError, match=r"^an? "):
         config.KEYS[key].parse(value)
-
-
-@pytest.mark.parametrize(
-    ("moment", "expected"),
-    [
-        ("2026-11-25T16:28:29.798738372Z", "1795624109.798738372"),
-        ("2026-11-25T16:28:29.5Z", "1795624109.500000000"),
-        ("2026-11-25T16:28:29Z", "1795624109.000000000"),
-    ],
-)
-def test_the_engines_time_is_understood_to_the_nanosecond(moment, expected):
-    assert instant(moment) == expected
-
-
-def test_a_position_is_found_again_and_counts_what_has_one_time(tmp_path):
-    path = str(tmp_path / "w.position")
-    position = Position(path)
-    assert (position.since, position.count) == ("0", 0)
-    for _ in range(12):
-        position.advance("2026-11-25T16:28:29.798738372Z")
-    assert (Position(path).moment, Position(path).count) == ("2026-11-25T16:28:29.798738372Z", 12)
-    position.advance("2026-11-25T16:28:29.9Z")  # shorter than what was there
-    assert (Position(path).moment, Position(path).count) == ("2026-11-25T16:28:29.9Z", 1)
-
-
-class Scripted:
-    """An engine whose output ends in the middle of a long line, as a container's end may cut a reader off."""
-
-    def __init__(self):
-        self.pieces = [("2026-11-25T16:28:29.1Z", b"a\n")]
-        self.pieces += [("2026-11-25T16:28:29.2Z", part) for part in (b"x", b"y", b"z\n")]
-        self.looks = 0
-
-    async def output(self, container, since):
-        self.looks += 1
-        given = [piece for piece in self.pieces if instant(piece[0]) >= since or since == "0"]
-        for piece in given[:3] if self.looks == 1 else given:
-            yield piece
-
-
-async def test_a_line_that_was_cut_off_in_the_middle_is_moved_once_and_whole(tmp_path):
-    reading, writing = os.pipe()
-    engine = Scripted()
-    await forward(engine, "c", writing, Position(str(tmp_path / "w")), lambda: engine.looks > 0)
-    os.close(writing)
-    assert os.read(reading, 100) == b"a\nxyz\n"
-    os.close(reading)
 
 
 def test_a_network_that_is_told_with_the_hosts_part_of_its_address_takes_its_subnet_all_the_same():
