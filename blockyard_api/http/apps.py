@@ -197,8 +197,9 @@ async def runtime(app: OwnApp, provided: Provided) -> Runtime:
         rows = (await connection.execute(query.order_by(workers_table.c.ended_at.desc()).limit(_ENDED_SHOWN))).all()
     views = await provided.sessions.views(app)
     bundles = await provided.deployments.list(app)
+    gone = {row.id for row in rows}  # some perhaps since they were sampled
     return Runtime(
-        workers=[_live(provided, worker, stats[worker.id]) for worker in live]
+        workers=[_live(provided, worker, stats[worker.id]) for worker in live if worker.id not in gone]
         + [
             WorkerBody(
                 id=row.id,

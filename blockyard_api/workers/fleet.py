@@ -592,6 +592,7 @@ class Fleet:
             worker.end_reason = f"{worker.end_reason}; {words}"
         worker.ended_at = time.time()
         worker.become(State.ENDED)
+        await self._record(worker)  # before it leaves its pool: whoever is told of the end finds it among the ended
         pool = self._pools[worker.app_id]
         pool.workers.remove(worker)
         del self._workers[worker.id]
@@ -603,7 +604,6 @@ class Fleet:
                 StartFailed("start_failed", pool.setback.why or f"The app ended: {worker.end_reason}.")
             )
         await worker_log.note(f"worker ended: {worker.end_reason}")
-        await self._record(worker)
         await self._bound_logs(app.id)
         self.reconcile(app.id)
 

@@ -1,6 +1,7 @@
 """The fleet against a spawner that speaks the real protocol and misbehaves: starts, ends, adoption, how many."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import sqlite3
@@ -136,6 +137,16 @@ async def test_a_refusal_is_told_in_the_spawners_words_and_leaves_no_worker(cont
     control.spawner.refuse = ("no_free_uid", "All uids are in use.")
     assert "All uids are in use." in (await refused(control)).text
     assert not control.fleet.all()
+
+
+async def test_a_visitor_is_told_of_an_end_once_it_is_written_down_for_the_owner(control):
+    await control.app()
+    control.spawner.refuse = ("no_free_uid", "All uids are in use.")
+    with contextlib.closing(sqlite3.connect(control.state / "blockyard.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")  # nobody else can write until
+        asyncio.get_running_loop().call_later(0.3, other.execute, "ROLLBACK")
+        await refused(control)
+        assert other.execute("SELECT status FROM workers").fetchall() == [("ended",)]
 
 
 async def test_a_daemon_that_lost_its_spawner_still_ends_cleanly(start):

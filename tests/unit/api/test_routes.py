@@ -191,3 +191,21 @@ async def test_an_upload_whose_sender_goes_away_is_no_failure_of_the_server(cont
     await control.asgi(scope, receive, send)
     assert answered[0]["status"] == 400
     assert not list((control.state / "uploads").iterdir())
+
+
+async def shown(client):
+    return [
+        (worker["id"], worker["status"])
+        for worker in (await client.get("/api/v1/apps/plain/runtime")).json()["workers"]
+    ]
+
+
+async def test_a_worker_that_ends_while_it_is_looked_at_is_shown_once(control, client):
+    await control.app()
+    worker = control.worker_of(await control.visit())
+    async with asyncio.TaskGroup() as group:
+        looking = [group.create_task(shown(client)) for _ in range(3)]
+        await asyncio.sleep(0.1)  # the processor's use is being sampled
+        worker.end("idle")
+        await worker.ended.wait()
+    assert [look.result() for look in looking] == [[(worker.id, "ended")]] * 3
