@@ -39,7 +39,9 @@ class Machine:
             "-smp", "1",  # a second processor costs a third more of this one's: 103 s instead of 78 for the same work
             "-nodefaults", "-nographic", "-no-reboot", "-snapshot", "-nic", "none",
             "-kernel", f"{image}/vmlinuz", "-initrd", f"{image}/initrd.img",
-            "-append", "root=LABEL=root rw console=ttyS0 quiet systemd.show_status=0 mitigations=off",
+            # Programs at the same addresses again need no new translation: 200 processes start in 1.2 s instead of 6.8,
+            # and R with Shiny in 5.6 s instead of 7.4.
+            "-append", "root=LABEL=root rw console=ttyS0 quiet systemd.show_status=0 mitigations=off norandmaps",
             "-drive", f"file={image}/disk.img,format=raw,if=none,id=root",
             "-device", "virtio-blk-pci,drive=root",
             "-drive", f"file={checkout},format=raw,if=none,id=checkout",
