@@ -6,6 +6,7 @@ import threading
 from contextlib import suppress
 
 import httpx
+from conftest import CHECKOUT, STATE
 from machine import active, answers, audit, by, r_process, run, systemctl, unit
 from running_pair import simple_app, wait_for
 
@@ -114,3 +115,34 @@ def test_a_forgotten_admin_token_is_replaced_as_documented(server):
     journal = run("journalctl", "--unit=blockyard-api", "--quiet").stdout
     assert once not in journal
     assert made.json()["token"] not in journal
+
+
+def test_a_backup_is_made_and_taken_back_as_documented(server, tmp_path):
+    server.deploy("kept", simple_app(ui="fluidPage('as it was')"))
+    kept = server.http.get("/api/v1/apps/kept").json()["active_bundle"]
+    make, take_back = documented("sudo apt-get install sqlite3"), documented("sudo systemctl stop blockyard.target")
+    shell(tmp_path, [line for line in make if "apt-get" not in line])  # it is in this image
+
+    server.deploy("kept", simple_app(ui="fluidPage('as it is not to be')"))
+    server.deploy("later", simple_app())
+    for bundle in (STATE / "bundles").iterdir():
+        run("rm", "-r", str(bundle))  # a new server has none
+    shell(tmp_path, take_back)
+    answers(server)
+    assert "as it was" in server.visitor().get("/app/kept/").text
+    assert server.http.get("/api/v1/apps/kept").json()["active_bundle"] == kept
+    assert server.http.get("/api/v1/apps/later").status_code == 404
+    server.http.post("/api/v1/apps/kept/disable")
+
+
+def documented(first):
+    """Return the commands of that block of docs/operate.md whose first one begins like this."""
+    blocks = re.findall(r"(?:^    .*\n)+", (CHECKOUT / "docs" / "operate.md").read_text(), re.MULTILINE)
+    (block,) = [block for block in blocks if block.strip().startswith(first)]
+    return [line.strip() for line in block.splitlines()]
+
+
+def shell(directory, lines):
+    """Run commands of root, who needs no sudo and is without it here."""
+    script = "\n".join(lines).replace("sudo -u blockyard", "runuser -u blockyard --").replace("sudo ", "")
+    run("sh", "-ec", f"cd {directory}\n{script}", timeout=240)
