@@ -28,16 +28,16 @@ class Position:
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self.moment, self.count, self._newest = path, "", 0, ""
+        self._path, self._moment, self._count, self._newest = path, "", 0, ""
         with contextlib.suppress(FileNotFoundError, ValueError), open(path, encoding="ascii") as file:
             moment, count, newest = file.read().split()
-            earlier(moment), earlier(newest)  # one that is none is a ValueError
-            self.moment, self.count, self._newest = moment, int(count), newest
+            _earlier(moment), _earlier(newest)  # one that is none is a ValueError
+            self._moment, self._count, self._newest = moment, int(count), newest
 
     @property
     def since(self) -> str:
         """Where to go on reading: a little before the last piece."""
-        return earlier(self.moment) if self.moment else "0"
+        return _earlier(self._moment) if self._moment else "0"
 
     def unmoved(self) -> Callable[[str], bool]:
         """Return a function that tells of each piece from `since` on, in the engine's order, whether to move it.
@@ -45,7 +45,7 @@ class Position:
         Up to the last one that was moved, none is; nor while times are no newer than the newest, so that nothing is
         moved twice where the engine has dropped that piece meanwhile.
         """
-        left, moment, newest = self.count, self.moment, self._newest
+        left, moment, newest = self._count, self._moment, self._newest
 
         def is_unmoved(of: str) -> bool:
             nonlocal left
@@ -63,18 +63,18 @@ class Position:
 
         Where an app has filled the file system, it cannot be written down, and after a restart it is moved again.
         """
-        self.count = self.count + 1 if moment == self.moment else 1
-        self.moment, self._newest = moment, max(self._newest, moment)
+        self._count = self._count + 1 if moment == self._moment else 1
+        self._moment, self._newest = moment, max(self._newest, moment)
         with contextlib.suppress(OSError):
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                line = f"{moment} {self.count} {self._newest}"
+                line = f"{moment} {self._count} {self._newest}"
                 os.pwrite(descriptor, line.ljust(_WIDTH).encode(), 0)  # always over all of the last
             finally:
                 os.close(descriptor)
 
 
-def earlier(moment: str) -> str:
+def _earlier(moment: str) -> str:
     """Return a time before another, both ``seconds.nanoseconds``. Raises ValueError."""
     seconds, nanoseconds = moment.split(".")
     return f"{int(seconds) - _BEFORE}.{int(nanoseconds):09}"
