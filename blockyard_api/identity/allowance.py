@@ -1,8 +1,9 @@
 """What each client address may still do: a bucket that fills up by itself, for as many addresses as memory allows."""
 
-import ipaddress
 import math
 import time
+
+from blockyard_api.relay.origin import neighbourhood
 
 
 class Allowance:
@@ -33,16 +34,3 @@ class Allowance:
     def _now(self, near: str) -> float:
         left, since = self._left.get(near, (self._burst, -math.inf))
         return min(self._burst, left + (time.monotonic() - since) * self._per_second)
-
-
-def neighbourhood(address: str) -> str:
-    """Return the address, or the first half of an IPv6 one: whoever has one of those has all that share it."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:  # no TCP peer
-        return address
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
-        return f"{int(parsed) >> 64:x}"
-    return address

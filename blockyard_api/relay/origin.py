@@ -54,6 +54,19 @@ def original_address(peer: str, hops: Sequence[str], trusted: Sequence[Network])
     return client
 
 
+def neighbourhood(address: str) -> str:
+    """Return the address, or the first half of an IPv6 one: whoever has one of those has all that share it."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:  # no TCP peer
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return f"{int(parsed) >> 64:x}"
+    return address
+
+
 def is_within(address: str, networks: Sequence[Network]) -> bool:
     """Whether this is an address, and of one of the networks."""
     if not networks or not _is_address(address):

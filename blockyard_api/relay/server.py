@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from blockyard_api.relay.connection import ClientConnection, Patience
 from blockyard_api.relay.gate import Gate, Reply, Upstream
 from blockyard_api.relay.head import refusal
-from blockyard_api.relay.origin import Network, Origin, is_within
+from blockyard_api.relay.origin import Network, Origin, is_within, neighbourhood
 from blockyard_api.relay.upstream import Pool
 
 _REFUSED = 128  # connections that may read why they were refused, at the same time
@@ -54,7 +54,7 @@ class Relay:
         self.patience = Patience(**{name: self._ticks(seconds) for name, seconds in durations.items()})
         self._connections: set[ClientConnection] = set()
         self._refused: set[ClientConnection] = set()  # of these, those that only read why
-        self._addresses: Counter[str] = Counter()
+        self._addresses: Counter[str] = Counter()  # by neighbourhood
         self._pools: dict[int, tuple[Upstream, Pool]] = {}
         self._servers: list[asyncio.Server] = []
         self._clock: asyncio.TimerHandle | None = None
@@ -120,9 +120,10 @@ class Relay:
     def arrived(self, connection: ClientConnection, address: str) -> Reply | None:
         """Count a new connection in; returns the refusal if there are too many."""
         among = len(self._connections) - len(self._refused)
-        refused = self._refusal(address, among + 1, self._addresses[address] + 1)
+        near = neighbourhood(address)
+        refused = self._refusal(address, among + 1, self._addresses[near] + 1)
         self._connections.add(connection)
-        self._addresses[address] += 1
+        self._addresses[near] += 1
         if refused is not None:
             self._refused.add(connection)
         if self._clock is None:
@@ -147,9 +148,10 @@ class Relay:
         """Count a connection out."""
         self._connections.discard(connection)
         self._refused.discard(connection)
-        self._addresses[address] -= 1
-        if not self._addresses[address]:
-            del self._addresses[address]
+        near = neighbourhood(address)
+        self._addresses[near] -= 1
+        if not self._addresses[near]:
+            del self._addresses[near]
         if not self._connections:
             self._empty.set()
 

@@ -17,8 +17,9 @@ from sqlalchemy import Executable, bindparam, func, insert, select, update
 
 from blockyard_api.apps.catalog import App
 from blockyard_api.errors import TooMany
-from blockyard_api.identity.allowance import Allowance, neighbourhood
+from blockyard_api.identity.allowance import Allowance
 from blockyard_api.identity.tokens import Principal, digest
+from blockyard_api.relay.origin import neighbourhood
 from blockyard_api.settings import Proxy
 from blockyard_api.store.database import Database, dispensable
 from blockyard_api.store.tables import sessions as table

@@ -394,6 +394,15 @@ async def test_more_connections_from_one_address_than_allowed_get_429(staging):
     assert (await stage.get()).status == 200
 
 
+async def test_all_addresses_that_one_ipv6_customer_has_count_as_one(staging):
+    relay = (await staging(connections_per_address=2)).relay
+    counted = [(object(), f"2001:db8:1:2::{number}") for number in range(3)] + [(object(), "2001:db8:1:3::1")]
+    refused = [relay.arrived(connection, address) is not None for connection, address in counted]
+    for connection, address in counted:
+        relay.left(connection, address)
+    assert refused == [False, False, True, False]
+
+
 async def test_a_trusted_proxy_may_hold_as_many_connections_as_it_likes(staging):
     stage = await staging(trusted="127.0.0.1/32", connections_per_address=1)
     for _ in range(3):
