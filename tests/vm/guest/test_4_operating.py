@@ -120,7 +120,8 @@ def test_a_forgotten_admin_token_is_replaced_as_documented(server):
 def test_a_backup_is_made_and_taken_back_as_documented(server, tmp_path):
     server.deploy("kept", simple_app(ui="fluidPage('as it was')"))
     kept = server.http.get("/api/v1/apps/kept").json()["active_bundle"]
-    make, take_back = documented("sudo apt-get install sqlite3"), documented("sudo systemctl stop blockyard.target")
+    make = documented("sudo apt-get install sqlite3")
+    take_back = documented("sudo systemctl stop blockyard.target blockyard-api.socket")
     shell(tmp_path, [line for line in make if "apt-get" not in line])  # it is in this image
 
     server.deploy("kept", simple_app(ui="fluidPage('as it is not to be')"))
