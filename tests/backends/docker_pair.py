@@ -19,7 +19,8 @@ class DockerPair(Pair):
     def __init__(self, name: str, engine: Dockerd, settings: str = "", pool: str = "10.213.16.0/24") -> None:
         self.engine = engine
         self.docker = None
-        super().__init__(name, settings)
+        # A container that starts beside two emulated machines may need more than the usual six seconds of a probe.
+        super().__init__(name, f'server.preflight_timeout = "40s"\n{settings}')
         helper = helper_user()
         self.docker_runtime, control = self.root / "docker", self.root / "docker-control"
         self.docker_socket = control / "spawner.sock"
