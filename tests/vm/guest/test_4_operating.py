@@ -118,22 +118,25 @@ def test_a_forgotten_admin_token_is_replaced_as_documented(server):
 
 
 def test_a_backup_is_made_and_taken_back_as_documented(server, tmp_path):
-    server.deploy("kept", simple_app(ui="fluidPage('as it was')"))
-    kept = server.http.get("/api/v1/apps/kept").json()["active_bundle"]
+    server.deploy("archived", simple_app(ui="fluidPage('as it was')"))
+    archived = server.http.get("/api/v1/apps/archived").json()["active_bundle"]
     make = documented("sudo apt-get install sqlite3")
     take_back = documented("sudo systemctl stop blockyard.target blockyard-api.socket")
     shell(tmp_path, [line for line in make if "apt-get" not in line])  # it is in this image
+    made = (STATE / "backup.db", tmp_path / "blockyard-backup.tar.gz")
+    assert [oct(path.stat().st_mode & 0o077) for path in made] == ["0o0", "0o0"]  # hashes of tokens, who visits what
 
-    server.deploy("kept", simple_app(ui="fluidPage('as it is not to be')"))
+    server.deploy("archived", simple_app(ui="fluidPage('as it is not to be')"))
     server.deploy("later", simple_app())
     for bundle in (STATE / "bundles").iterdir():
         run("rm", "-r", str(bundle))  # a new server has none
     shell(tmp_path, take_back)
     answers(server)
-    assert "as it was" in server.visitor().get("/app/kept/").text
-    assert server.http.get("/api/v1/apps/kept").json()["active_bundle"] == kept
+    assert "as it was" in server.visitor().get("/app/archived/").text
+    assert server.http.get("/api/v1/apps/archived").json()["active_bundle"] == archived
     assert server.http.get("/api/v1/apps/later").status_code == 404
-    server.http.post("/api/v1/apps/kept/disable")
+    assert oct((STATE / "blockyard.db").stat().st_mode & 0o077) == "0o0"
+    server.http.post("/api/v1/apps/archived/disable")
 
 
 def documented(first):
