@@ -3,31 +3,20 @@
 import os
 
 import pytest
-from playwright.sync_api import sync_playwright
+from chromium import launched, move_the_slider, opened
 from running_pair import HELLO, simple_app
-
-CHROMIUM = "/usr/bin/chromium"
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS, timeout=60_000)
+    with launched() as chromium:
         yield chromium
-        chromium.close()
 
 
 @pytest.fixture
 def page(browser):
-    context = browser.new_context()
-    context.set_default_timeout(30_000)
-    yield context.new_page()
-    context.close()
-
-
-def picture(page):
-    return page.locator("#histogram img").get_attribute("src")
+    with opened(browser) as page:
+        yield page
 
 
 def test_the_slider_moves_the_plot(pair, page):
@@ -36,11 +25,7 @@ def test_the_slider_moves_the_plot(pair, page):
     page.wait_for_selector("text=Hello from Blockyard")
     page.wait_for_selector("#histogram img")
     assert page.url == f"{pair.relay_origin}/app/hello/"
-    before = picture(page)
-    slider = page.locator(".irs-line").bounding_box()
-    page.mouse.click(slider["x"] + slider["width"] * 0.2, slider["y"] + slider["height"] / 2)
-    page.wait_for_function("before => document.querySelector('#histogram img').src !== before", arg=before)
-    assert picture(page) != before
+    move_the_slider(page)
     if directory := os.environ.get("BLOCKYARD_SCREENSHOTS"):
         page.screenshot(path=f"{directory}/hello.png")
 

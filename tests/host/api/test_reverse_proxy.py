@@ -1,35 +1,26 @@
 """What docs/install.md has an operator write, taken from that page: a browser and `by` come through his nginx."""
 
 import os
-import re
+import shutil
 import socket
 import subprocess
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from chromium import launched, move_the_slider, opened
+from documented import block
 from running_pair import HELLO, Pair, simple_app, wait_for
-from test_browser import ARGUMENTS, CHROMIUM
 from test_command_line import BY
 
-INSTALL = Path(__file__).parents[3] / "docs" / "install.md"
 CONTROL, APP = "blockyard.example.com", "hello.apps.example.com"
 SHOWS_WHO_ASKS = simple_app(
     ui="function(request) fluidPage(request$HTTP_X_FORWARDED_FOR, request$HTTP_X_FORWARDED_PROTO)"
 )
 
 
-def blocks(start):
-    """Return the page's indented blocks whose first line begins like this."""
-    found = re.findall(r"(?:^(?:    .*)?\n)+", INSTALL.read_text(), re.MULTILINE)
-    return [block for block in found if block.strip().startswith(start)]
-
-
 @pytest.fixture(scope="module")
 def pair():
-    (settings,) = blocks("[server]\n")
     section, lines = "", []
-    for line in map(str.strip, settings.splitlines()):
+    for line in map(str.strip, block("install.md", "[server]\n").splitlines()):
         if line.startswith("["):
             section = line.strip("[]")
         elif line:
@@ -55,7 +46,7 @@ def nginx(pair, certificate):
     """The port of an nginx with the page's server blocks; other names for its port and files, and for the pair's."""
     with socket.create_server(("127.0.0.1", 0)) as trial:
         port = trial.getsockname()[1]
-    (servers,) = blocks("ssl_certificate ")
+    servers = block("install.md", "ssl_certificate ")
     instead = {
         "/etc/ssl/example.pem": certificate,
         "/etc/ssl/private/example.key": certificate.with_suffix(".key"),
@@ -112,19 +103,13 @@ def by(pair, certificate, nginx, tmp_path):
 @pytest.fixture
 def page(nginx):
     resolver = f"--host-resolver-rules=MAP *.example.com:443 127.0.0.1:{nginx}"
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=[*ARGUMENTS, resolver], timeout=60_000)
-        context = chromium.new_context(ignore_https_errors=True)
-        context.set_default_timeout(30_000)
-        yield context.new_page()
-        chromium.close()
+    with launched(resolver) as chromium, opened(chromium, ignore_https_errors=True) as page:
+        yield page
 
 
 def test_a_page_is_deployed_opened_by_the_servers_name_and_used_on_the_apps_own(pair, by, page):
     app = pair.root / "hello"
-    app.mkdir()
-    for file in HELLO.iterdir():
-        (app / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(HELLO, app)
     (app / "data.bin").write_bytes(os.urandom(3 << 20))  # more than nginx takes by itself
     by("deploy", str(app), "--name", "hello", "--yes", "--wait")
     by("update", "hello", "--access", "public")
@@ -135,10 +120,7 @@ def test_a_page_is_deployed_opened_by_the_servers_name_and_used_on_the_apps_own(
     (cookie,) = [cookie for cookie in page.context.cookies() if cookie["name"].endswith("blockyard_route")]
     assert cookie["secure"]
     assert cookie["domain"] == APP
-    before = page.locator("#histogram img").get_attribute("src")
-    slider = page.locator(".irs-line").bounding_box()
-    page.mouse.click(slider["x"] + slider["width"] * 0.2, slider["y"] + slider["height"] / 2)
-    page.wait_for_function("before => document.querySelector('#histogram img').src !== before", arg=before)
+    move_the_slider(page)
     assert "Hello from Blockyard" in page.inner_text("body")
     assert '"active_sessions": 1' in by("get", "hello", "--runtime", "--json")
 

@@ -13,8 +13,8 @@ from blockyard_spawner.docker.forward import Position, forward
 MOMENT = "1767323045.000000001"
 
 
-def at(nanoseconds, zone="Z"):
-    return f"2026-01-02T03:04:05.{nanoseconds:09}{zone}"
+def at(nanoseconds):
+    return f"2026-01-02T03:04:05.{nanoseconds:09}Z"
 
 
 def frame(stream, text):

@@ -6,7 +6,8 @@ import threading
 from contextlib import suppress
 
 import httpx
-from conftest import CHECKOUT, STATE
+from conftest import STATE
+from documented import block
 from machine import active, answers, audit, by, r_process, run, systemctl, unit
 from running_pair import simple_app, wait_for
 
@@ -120,9 +121,9 @@ def test_a_forgotten_admin_token_is_replaced_as_documented(server):
 def test_a_backup_is_made_and_taken_back_as_documented(server, tmp_path):
     server.deploy("archived", simple_app(ui="fluidPage('as it was')"))
     archived = server.http.get("/api/v1/apps/archived").json()["active_bundle"]
-    make = documented("sudo apt-get install sqlite3")
-    take_back = documented("sudo systemctl stop blockyard.target blockyard-api.socket")
-    shell(tmp_path, [line for line in make if "apt-get" not in line])  # it is in this image
+    make = block("operate.md", "sudo apt-get install sqlite3")
+    take_back = block("operate.md", "sudo systemctl stop blockyard.target blockyard-api.socket")
+    shell(tmp_path, make.partition("\n")[2])  # what that installs is in this image
     made = (STATE / "backup.db", tmp_path / "blockyard-backup.tar.gz")
     assert [oct(path.stat().st_mode & 0o077) for path in made] == ["0o0", "0o0"]  # hashes of tokens, who visits what
 
@@ -139,14 +140,7 @@ def test_a_backup_is_made_and_taken_back_as_documented(server, tmp_path):
     server.http.post("/api/v1/apps/archived/disable")
 
 
-def documented(first):
-    """Return the commands of that block of docs/operate.md whose first one begins like this."""
-    blocks = re.findall(r"(?:^    .*\n)+", (CHECKOUT / "docs" / "operate.md").read_text(), re.MULTILINE)
-    (block,) = [block for block in blocks if block.strip().startswith(first)]
-    return [line.strip() for line in block.splitlines()]
-
-
-def shell(directory, lines):
+def shell(directory, script):
     """Run commands of root, who needs no sudo and is without it here."""
-    script = "\n".join(lines).replace("sudo -u blockyard", "runuser -u blockyard --").replace("sudo ", "")
+    script = script.replace("sudo -u blockyard", "runuser -u blockyard --").replace("sudo ", "")
     run("sh", "-ec", f"cd {directory}\n{script}", timeout=240)
