@@ -7,14 +7,14 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from blockyard_api.bundles.unpack import BundleInfo, BundleRefused, storage_failure
+from blockyard_api.bundles.unpack import BundleInfo, BundleRefused, Unpacked, storage_failure
 
 __all__ = ["BundleInfo", "BundleRefused", "unpack"]
 
 TIME_LIMIT = 300.0  # seconds; 2 GB take about 20
 MAX_VERDICT = 65536
+UNPACK_FAILED = "unpack_failed", "The server failed to read the bundle; ask its operator to look at its log."
 TOO_COMPLEX = "too_complex", "The archive takes too much to unpack; leave out what the app can do without."
 
 
@@ -27,13 +27,13 @@ async def unpack(archive: Path, destination: Path) -> BundleInfo:
     try:
         await asyncio.to_thread(_make_empty, staging)
         verdict = await _run(archive, staging)
-        _publish(staging / verdict["top"], destination)
+        _publish(staging / verdict.top, destination)
         await asyncio.to_thread(_make_durable, destination.parent)
     except OSError as error:
         raise storage_failure(error) from error
     finally:
         await asyncio.shield(asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True))
-    return BundleInfo(**verdict["info"])
+    return verdict.info
 
 
 def _make_empty(directory: Path) -> None:
@@ -45,7 +45,12 @@ def _make_empty(directory: Path) -> None:
 
 
 def _publish(tree: Path, destination: Path) -> None:
-    tree.chmod(0o755)  # whatever the umask was: workers read it as their own uid
+    # Not a link, whose target would change its mode: whoever took over the unpacking made it.
+    descriptor = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        os.fchmod(descriptor, 0o755)  # whatever the umask was: workers read it as their own uid
+    finally:
+        os.close(descriptor)
     tree.rename(destination)  # not in a thread: cancelled, that would go on beside the removal of what it moves
 
 
@@ -57,7 +62,7 @@ def _make_durable(directory: Path) -> None:
         os.close(descriptor)
 
 
-async def _run(archive: Path, staging: Path) -> dict[str, Any]:
+async def _run(archive: Path, staging: Path) -> Unpacked:
     argv = [sys.executable, "-I", "-m", "blockyard_api.bundles.unpack", str(archive), str(staging)]
     with tempfile.TemporaryFile() as output:  # not a pipe: the program's limit on files holds for it, too
         process = await asyncio.create_subprocess_exec(
@@ -77,12 +82,23 @@ async def _run(archive: Path, staging: Path) -> dict[str, Any]:
     if status < 0:  # killed by one of its limits, or by the kernel for want of memory
         raise BundleRefused(*TOO_COMPLEX)
     if status:  # its traceback went where ours would go
-        raise BundleRefused(
-            "unpack_failed", "The server failed to read the bundle; ask its operator to look at its log."
-        )
-    verdict: dict[str, Any] = json.loads(text)
-    if refused := verdict.get("refused"):
-        raise BundleRefused(refused["code"], refused["message"])
-    if "/" in verdict["top"] or verdict["top"] in (".", ".."):  # whoever took over the unpacking stays in its directory
-        raise BundleRefused(*TOO_COMPLEX)
-    return verdict
+        raise BundleRefused(*UNPACK_FAILED)
+    return _understood(text)
+
+
+def _understood(text: bytes) -> Unpacked:
+    """Read the verdict, which may be anything: whoever took over the unpacking wrote it. Raises BundleRefused."""
+    try:
+        verdict = json.loads(text)
+        json.dumps(verdict, ensure_ascii=False).encode()  # half a surrogate pair fits into no log and no database
+        match verdict:
+            case {"refused": {"code": str(code), "message": str(message)}}:
+                raise BundleRefused(code, message)
+            case {"top": str(top), "info": {"entry": str(entry), "files": int(files), "size": int(size)}} if (
+                "/" not in top and "\0" not in top and top not in (".", "..")  # it stays in its directory
+            ):
+                return Unpacked(top, BundleInfo(entry, files, size))
+            case _:
+                raise BundleRefused(*UNPACK_FAILED)
+    except (ValueError, RecursionError) as error:
+        raise BundleRefused(*UNPACK_FAILED) from error

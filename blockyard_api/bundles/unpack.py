@@ -26,7 +26,7 @@ from typing import IO
 
 import prctl
 
-from blockyard_api.bundles.confinement import confine
+from blockyard_api.bundles.confinement import reach_nobody, stay_below
 
 MAX_FILES = 10_000
 MAX_DIRECTORIES = 10_000
@@ -398,13 +398,14 @@ def give_up_privilege() -> None:
     ):
         resource.setrlimit(limit, (value, value))
     os.umask(0o022)
+    reach_nobody()
 
 
 def _verdict(archive: str, staging: str) -> dict[str, object]:
     try:
         with Path(archive).open("rb") as stream:
             directory = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            confine(directory)
+            stay_below(directory)
             unpacked = extract(stream, directory)
         os.sync()  # the caller's rename must not become durable before what it names
     except BundleRefused as refused:
