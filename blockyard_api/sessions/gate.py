@@ -18,6 +18,7 @@ from blockyard_api.errors import BadGateway, BlockyardError, Forbidden, NotFound
 from blockyard_api.identity.tokens import Principal, Tokens
 from blockyard_api.relay.gate import Forward, Header, Reply, RequestHead, Verdict
 from blockyard_api.sessions.address import Addresses
+from blockyard_api.sessions.issuer import issuer, token_of
 from blockyard_api.sessions.registry import Session, Sessions, holder
 from blockyard_api.workers.fleet import Fleet, Worker
 from blockyard_api.workers.life import State
@@ -101,9 +102,10 @@ class AppGate:
         head, app, rest = visit.head, visit.app, visit.rest
         session = self._session(visit)
         if session is not None:
-            worker = _serving(session, rest)
-            if rest != READY_PATH and self._serves(worker, session, visit):
-                return self._forward(visit, worker, session, ())
+            if session.earlier and (token := token_of(rest)):
+                return self._to_issuer(visit, session, token)
+            if rest != READY_PATH and self._serves(session.worker, session, visit):
+                return self._forward(visit, session.worker, session, ())
         elif _is_asset(head):
             # a stray asset begins no session: an image on a foreign page must not start workers
             if (active := self._fleet.any_active(app)) is None:
@@ -112,6 +114,22 @@ class AppGate:
         elif rest == READY_PATH:  # asked by the loading page of a visitor who was given a cookie: it did not come back
             return _refusal(head, Forbidden("unknown_visit", "Allow cookies for this site, then load the page again."))
         return self._enter(visit, session)
+
+    async def _to_issuer(self, visit: "_Visit", session: Session, token: bytes) -> Verdict:
+        """Pass on an upload or a download: it belongs to the worker whose page it comes from, an older one perhaps."""
+        pages = [worker for worker in (session.worker, *reversed(session.earlier)) if session.open_on(worker)]
+        worker = session.issuers.get(token) or (await issuer(token, pages) if len(pages) > 1 else None)
+        if worker is not None:
+            session.know(token, worker)
+        else:
+            worker = pages[0] if pages else session.worker
+        try:
+            visit = self._again(visit)
+        except BlockyardError as error:
+            return _refusal(visit.head, error)
+        if not session.over and self._serves(worker, session, visit):
+            return self._forward(visit, worker, session, ())
+        return await self._enter(visit, session)
 
     def _objection(self, visit: "_Visit") -> BlockyardError | None:
         """Return why a request may not pass at all."""
@@ -222,13 +240,6 @@ class _Visit(NamedTuple):  # a tuple: one is made for every request
     relation: str | None
 
 
-def _serving(session: Session, rest: bytes) -> Worker:
-    """Return who serves a path: uploads and downloads belong to the worker whose page is open."""
-    if session.earlier and rest.startswith(b"/session/") and not session.open_on(session.worker):
-        return next((worker for worker in reversed(session.earlier) if session.open_on(worker)), session.worker)
-    return session.worker
-
-
 def _below(rest: bytes | None, target: bytes) -> bytes:
     """Return what follows an app's address in a request for it, the query included."""
     if rest is not None:
@@ -239,7 +250,8 @@ def _below(rest: bytes | None, target: bytes) -> bytes:
 
 def _ending(worker: Worker) -> BlockyardError:
     """Say to a visitor how his worker ended; what bubblewrap said is for the owner."""
-    failure = worker.ready.exception()
+    # Not settled while a failed start is being written down.
+    failure = worker.ready.exception() if worker.ready.done() else None
     if isinstance(failure, BlockyardError):
         return failure
     return BadGateway("worker_ended", f"The app was ended: it {worker.end_reason}.")

@@ -29,6 +29,7 @@ from blockyard_api.workers.life import State
 
 PAGE_WINDOW = 15.0  # seconds between a page and its WebSocket: a crawler holds a slot no longer
 _BURST, _PER_SECOND = 30, 3.0  # new sessions of one client address; assets and known visitors are not counted
+_ISSUERS_KEPT = 32  # pages that one visitor has open at once, while there are several bundles of an app
 _RECENT = 7 * 86400.0
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Session:
     seen_at: float
     expires_at: float = float("inf")  # with the token that opened it
     earlier: list[Worker] = field(default_factory=list)
+    issuers: dict[bytes, Worker] = field(default_factory=dict)  # by a page's token, for which it had to be asked
     over: bool = False
     requests: int = 0
     sockets: dict[object, tuple[Worker, Callable[[], None]]] = field(default_factory=dict)
@@ -56,6 +58,12 @@ class Session:
     def open_on(self, worker: Worker) -> int:
         """How many WebSockets of this visitor the worker serves."""
         return sum(1 for served_by, _ in self.sockets.values() if served_by is worker)
+
+    def know(self, token: bytes, worker: Worker) -> None:
+        """Keep in mind which worker made the page with this token."""
+        while len(self.issuers) >= _ISSUERS_KEPT:
+            del self.issuers[next(iter(self.issuers))]
+        self.issuers[token] = worker
 
     @property
     def busy(self) -> bool:
@@ -113,6 +121,7 @@ class Tracker:
         session.requests -= 1
         if self._socket is not None:
             session.sockets.pop(self._socket, None)
+            session.seen_at = time.time()  # he was there to the end, whenever his last request was
         self._registry.let_lapse(session, dropped=self._socket is not None)
 
     def websocket_opened(self, close: Callable[[], None]) -> None:
@@ -130,6 +139,7 @@ class Tracker:
         if self._under_way:
             self._under_way = False
             self._worker.requests -= 1
+            self._registry.answered(self._worker)
 
     def visitor_message(self) -> None:
         """Note that the visitor did something."""
@@ -148,9 +158,11 @@ class Sessions:
         self._allowed = Allowance(_BURST, _PER_SECOND)
 
     def find(self, cookie: str, app: App, principal: Principal | None) -> Session | None:
-        """Return the visitor's session, if the cookie is one, of this app and this user, and not too old."""
+        """Return the visitor's session, if the cookie is one, of this app, this user and token, and not too old."""
         session = self._sessions.get(digest(cookie))
-        if session is None or session.app_id != app.id or session.user_sub != (principal.sub if principal else None):
+        who = (principal.sub, principal.token_id) if principal else (None, None)
+        # Of the same token, too: a session ends with the one that began it, and with it what another had opened.
+        if session is None or session.app_id != app.id or (session.user_sub, session.token_id) != who:
             return None
         now = time.time()
         idle = now - session.seen_at > self._settings.session_idle_ttl and not session.sockets
@@ -223,6 +235,11 @@ class Sessions:
         with dispensable(log, "a session is not recorded"):
             async with self._database.begin() as connection:
                 await connection.execute(statement)
+
+    def answered(self, worker: Worker) -> None:
+        """Hear that a worker has one request less to answer."""
+        if worker.state is State.DRAINING:
+            self._fleet.let_go(worker)
 
     def let_lapse(self, session: Session, *, dropped: bool) -> None:
         """Start the time after which the slot is free, unless something of the visitor's is open by then."""
@@ -303,6 +320,9 @@ class Sessions:
     async def save(self) -> None:
         """Write when each session was last seen, and which are over."""
         now = time.time()
+        for session in self._sessions.values():
+            if session.sockets:
+                session.seen_at = now
         self._drop_expired(now)
         seen: list[dict[str, Any]] = [
             {"key": session.key, "seen": session.seen_at} for session in self._sessions.values()

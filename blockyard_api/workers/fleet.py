@@ -239,14 +239,18 @@ class Fleet:
         worker.touch()
 
     def leave(self, worker: Worker, key: str) -> None:
-        """Free a visitor's slot, if he holds one there; a draining worker ends with its last one."""
+        """Free a visitor's slot, if he holds one there."""
         if key not in worker.slots:
             return
         self._take(worker, key)
         if not worker.slots:
             worker.idle_since = time.time()
-            if worker.state is State.DRAINING:
-                worker.end("redeployed")
+            self.let_go(worker)
+
+    def let_go(self, worker: Worker) -> None:
+        """End a draining worker that has no visitor any more, and answers nothing: a download may still go on."""
+        if worker.state is State.DRAINING and not worker.slots and not worker.requests:
+            worker.end("redeployed")
 
     def _take(self, worker: Worker, key: str) -> None:
         if (holder := worker.slots.pop(key, None)) is not None:
@@ -318,10 +322,11 @@ class Fleet:
             if not app.enabled:
                 worker.end("the app was disabled")
             elif self._outdated(worker, app) and worker.state in (State.STARTING, State.ACTIVE):
-                if worker.state is State.ACTIVE:
-                    worker.become(State.DRAINING)
-                if not worker.slots or worker.state is State.STARTING:
+                if worker.state is State.STARTING:
                     worker.end("redeployed")
+                else:
+                    worker.become(State.DRAINING)
+                    self.let_go(worker)
         pool = self._pools.get(app.id)
         if not app.enabled or app.active_bundle is None or (pool and pool.setback.wait):
             return

@@ -5,7 +5,7 @@ import asyncio
 from blockyard_api.backends.worker_socket import NotListening
 from blockyard_api.relay.gate import Upstream
 
-_REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-Proto: http\r\nConnection: close\r\n\r\n"
+_HEADERS = b"Host: localhost\r\nX-Forwarded-Proto: http\r\nConnection: close\r\n"
 _MOST = 1 << 20  # bytes of one answer that are read: enough for the page, so that the app is not cut off in writing it
 
 
@@ -14,30 +14,34 @@ async def answers(upstream: Upstream, pause: float) -> None:
 
     Without an end of its own: the caller's deadline is the bound.
     """
-    while not await _answered(upstream):  # noqa: ASYNC110 - the directory may be entered but not watched
+    while await status(upstream, b"/") is None:  # noqa: ASYNC110 - the directory may be entered but not watched
         await asyncio.sleep(pause)
 
 
-async def _answered(upstream: Upstream) -> bool:
+async def status(upstream: Upstream, target: bytes) -> bytes | None:
+    """Return the status, three bytes, with which a worker answers a GET; None where it does not answer with HTTP.
+
+    Raises UpstreamError. Without an end of its own, as above.
+    """
     try:
         sock = await upstream.connect()
     except NotListening:
-        return False
+        return None
     try:
         reader, writer = await asyncio.open_unix_connection(sock=sock)
     except BaseException:
         sock.close()
         raise
     try:
-        writer.write(_REQUEST)
+        writer.write(b"GET %b HTTP/1.1\r\n%b\r\n" % (target, _HEADERS))
         await writer.drain()
-        start = await reader.readexactly(5)
+        start = await reader.readexactly(12)
         left = _MOST
         while left > 0 and (data := await reader.read(65536)):
             left -= len(data)
     except (OSError, asyncio.IncompleteReadError):
-        return False
+        return None
     else:
-        return start == b"HTTP/"
+        return start[9:] if start.startswith(b"HTTP/") else None
     finally:
         writer.close()

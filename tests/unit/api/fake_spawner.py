@@ -54,6 +54,8 @@ class FakeSpawner:
         self.silent = set()  # operations that get no answer
         self.hang_up = set()  # operations upon which the connection is closed instead
         self.rewrite = {}  # operation -> a function from the reply's map to what is sent instead
+        self.tokens = {}  # a worker's id -> of the pages that it made, as Shiny keeps them
+        self.busy = set()  # workers that compute, and answer nobody
         self.words = b""  # what a worker writes to its log when it starts
         self.held = []  # replies kept back, as functions that send them
         self.hold = set()  # operations whose replies are kept back
@@ -127,13 +129,21 @@ class FakeSpawner:
 
         async def respond(reader, writer):
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-                await reader.readuntil(b"\r\n\r\n")
-                writer.write(self.answer)
+                asked = await reader.readuntil(b"\r\n\r\n")
+                if worker_id in self.busy:
+                    await reader.read()
+                writer.write(self._page(worker_id, asked))
                 await writer.drain()
             writer.close()
 
         if worker.running and worker.server is None:
             worker.server = await asyncio.start_unix_server(respond, self.socket_of(worker_id))
+
+    def _page(self, worker_id, asked):
+        if not asked.startswith(b"GET /session/"):
+            return self.answer
+        known = asked.split(b"/")[2] in self.tokens.get(worker_id, ())
+        return b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % (b"400 Bad Request" if known else b"404 Not Found")
 
     # --- its protocol
 

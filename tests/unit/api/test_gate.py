@@ -1,12 +1,15 @@
 """The gate and the sessions behind it: who may pass, to which worker, and what becomes of it when the world changes."""
 
 import asyncio
+import contextlib
 import hashlib
 import inspect
+import sqlite3
 
 import pytest
 from running_control import head, until
 
+from blockyard_api.sessions import issuer
 from blockyard_api.workers.life import State
 
 # --- a visitor's way in ----------------------------------------------------------------------------------------------
@@ -360,6 +363,115 @@ async def test_uploads_of_an_old_page_reach_the_worker_that_serves_it(control):
     assert control.worker_of(upload) is control.worker_of(old)
     other = (await control.ask("/app/plain/style.css", first.cookie)).end()
     assert control.worker_of(other) is not control.worker_of(old)
+
+
+@pytest.fixture
+async def two_pages(control):
+    """A visitor with one page on the worker of an old bundle and one on the newest: (cookie, old worker, new)."""
+    await control.app()
+    first = await control.visit()
+    old, _ = await control.socket("plain", first.cookie)
+    await control.deploy("plain")
+    (await control.ask("/app/plain/", first.cookie, html=True)).end()
+    await control.quiet()
+    new, _ = await control.socket("plain", first.cookie)
+    return first.cookie, control.worker_of(old), control.worker_of(new)
+
+
+async def test_of_two_pages_each_ones_uploads_reach_the_worker_that_made_it(control, two_pages):
+    cookie, old, new = two_pages
+    control.spawner.tokens = {old.id: (b"a" * 32,), new.id: (b"b" * 32,)}
+    for token, worker in (("a", old), ("b", new), ("a", old)):
+        upload = await control.ask(f"/app/plain/session/{token * 32}/upload/x", cookie, method=b"POST")
+        assert control.worker_of(upload.end()) is worker
+    control.spawner.tokens = {}  # each was asked once
+    download = await control.ask(f"/app/plain/session/{'a' * 32}/download/report", cookie)
+    assert control.worker_of(download.end()) is old
+
+
+async def test_a_page_that_no_worker_knows_is_the_newest_ones(control, two_pages):
+    cookie, _, new = two_pages
+    for path in ("c" * 32, "c" * 32, "zz", "../x"):
+        answer = await control.ask(f"/app/plain/session/{path}/download/x", cookie)
+        assert control.worker_of(answer.end()) is new
+
+
+async def test_a_worker_that_does_not_answer_holds_its_visitors_other_page_up_for_seconds_at_most(
+    control, two_pages, monkeypatch
+):
+    cookie, old, new = two_pages
+    monkeypatch.setattr(issuer, "_WITHIN", 0.05)
+    control.spawner.tokens = {new.id: (b"b" * 32,)}
+    control.spawner.busy = {old.id}
+    answer = await control.ask(f"/app/plain/session/{'b' * 32}/download/x", cookie)
+    assert control.worker_of(answer.end()) is new
+
+
+async def test_access_that_is_lost_while_workers_are_asked_is_not_given(control, two_pages, monkeypatch):
+    cookie, old, new = two_pages
+    monkeypatch.setattr(issuer, "_WITHIN", 0.5)
+    control.spawner.busy = {old.id, new.id}
+    asked = asyncio.create_task(control.ask(f"/app/plain/session/{'a' * 32}/download/x", cookie))
+    await asyncio.sleep(0)
+    await control.change("plain", enabled=False)
+    assert not asked.done()
+    assert (await asked).status == 503
+
+
+async def test_a_download_that_is_under_way_outlives_the_reload_of_its_page_after_a_redeploy(control):
+    await control.app()
+    first = await control.visit()
+    page, _ = await control.socket("plain", first.cookie)
+    old = control.worker_of(page)
+    download = await control.ask("/app/plain/session/abc/download/report", first.cookie)
+    await control.deploy("plain")
+    page.end()
+    (await control.ask("/app/plain/", first.cookie, html=True)).end()
+    await control.quiet()
+    assert old.state is State.DRAINING
+    download.end()
+    await until(old.ended.is_set, "the end of the worker that has nothing more to do")
+    assert old.end_reason == "redeployed"
+
+
+async def test_who_worked_for_long_without_a_request_is_known_after_his_connection_dropped(start, clock):
+    control = await start("proxy.session_idle_ttl = '10m'\nproxy.idle_worker_timeout = '10h'")
+    await control.app()
+    first = await control.visit()
+    page, _ = await control.socket("plain", first.cookie)
+    await clock.advance(3600)
+    page.end()
+    back = await control.ask("/app/plain/", first.cookie)
+    assert control.worker_of(back.end()) is control.worker_of(page)
+
+
+async def test_who_worked_for_long_without_a_request_is_known_after_a_restart(start, clock):
+    control = await start("proxy.session_idle_ttl = '10m'\nproxy.idle_worker_timeout = '10h'")
+    await control.app()
+    first = await control.visit()
+    page, _ = await control.socket("plain", first.cookie)
+    worker = control.worker_of(page).id
+    await clock.advance(3600)
+    await control.stop_daemon()
+    await control.start_daemon()
+    back = await control.ask("/app/plain/", first.cookie)
+    assert control.worker_of(back.end()).id == worker
+
+
+async def test_a_page_that_is_asked_for_while_a_failed_start_is_written_down_tells_of_the_failure(control):
+    await control.app()
+    control.spawner.serves = False
+    page = await control.ask("/app/plain/", html=True)
+    started = (await until(control.spawner.running))[0]
+    database = sqlite3.connect(control.state / "blockyard.db", isolation_level=None, check_same_thread=False)
+    with contextlib.closing(database) as other:
+        await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")  # somebody else's: nothing can be written meanwhile
+        control.spawner.exit(started.id, status=1)
+        await until(lambda: control.fleet.all()[0].state is State.ENDED)
+        again = await control.ask("/app/plain/", page.cookie, html=True)
+        other.execute("ROLLBACK")
+    assert again.status == 502
+    assert "The app was ended" in again.text
 
 
 # --- what a visitor is told ------------------------------------------------------------------------------------------
