@@ -15,6 +15,7 @@ from urllib.parse import quote
 from blockyard_api import pages
 from blockyard_api.apps.catalog import NAME, App, Catalog, SwitchedOff
 from blockyard_api.errors import BadGateway, BlockyardError, Forbidden, NotFound, TooMany, Unauthorized, Unavailable
+from blockyard_api.identity.allowance import Allowance
 from blockyard_api.identity.tokens import Principal, Tokens
 from blockyard_api.relay.gate import Forward, Header, Reply, RequestHead, Verdict
 from blockyard_api.sessions.address import Addresses
@@ -26,7 +27,7 @@ from blockyard_api.workers.life import State
 COOKIE = b"blockyard_route"
 READY_PATH = b"/__blockyard__/ready"
 _ADOPTED_WITHIN = 5.0  # seconds a request waits for this daemon to find its workers again
-_ROUTE = re.compile(rb"(?:^|;)[ \t]*%b=([^; \t]*)" % COOKIE)
+_STRAYS, _STRAYS_PER_SECOND = 20, 2.0  # assets for which an address may ask without a session
 _MOST_COOKIES = 8  # of our name in one request: each costs a hash
 _ASSETS = frozenset({b"script", b"style", b"image", b"font", b"audio", b"video", b"track", b"manifest", b"worker"})
 
@@ -42,6 +43,12 @@ class AppGate:
         self._sessions = sessions
         self._fleet = fleet
         self._tokens = tokens
+        # Of the two, no other host of the same domain can set the longer name (RFC 6265bis, "__Host-"): a script of one
+        # app could make another one's visitors come by a session of its own choice.
+        self._bound = addresses.own_host and addresses.origin.startswith("https://")
+        self._cookie_name = b"__Host-" * self._bound + COOKIE
+        self._route_cookie = re.compile(rb"(?:^|;)[ \t]*%b=([^; \t]*)" % re.escape(self._cookie_name))
+        self._strays = Allowance(_STRAYS, _STRAYS_PER_SECOND)
 
     def admit(self, head: RequestHead) -> Verdict | Awaitable[Verdict]:
         """Decide about a request; at once for a known visitor of a public app."""
@@ -99,7 +106,7 @@ class AppGate:
         return verdict if isinstance(verdict, Reply | Forward) else await verdict
 
     def _route(self, visit: "_Visit") -> Verdict | Awaitable[Verdict]:
-        head, app, rest = visit.head, visit.app, visit.rest
+        head, rest = visit.head, visit.rest
         session = self._session(visit)
         if session is not None:
             if session.earlier and (token := token_of(rest)):
@@ -107,13 +114,22 @@ class AppGate:
             if rest != READY_PATH and self._serves(session.worker, session, visit):
                 return self._forward(visit, session.worker, session, ())
         elif _is_asset(head):
-            # a stray asset begins no session: an image on a foreign page must not start workers
-            if (active := self._fleet.any_active(app)) is None:
-                return _refusal(head, NotFound("not_found", "Open the app's page first."))
-            return self._forward(visit, active, None, ())
+            return self._stray(visit)
         elif rest == READY_PATH:  # asked by the loading page of a visitor who was given a cookie: it did not come back
             return _refusal(head, Forbidden("unknown_visit", "Allow cookies for this site, then load the page again."))
         return self._enter(visit, session)
+
+    def _stray(self, visit: "_Visit") -> Verdict:
+        """Answer who fetches a part of a page and has no session: it begins none, and must not keep a worker busy.
+
+        An image on a foreign page is one, of which everybody who sees that page asks.
+        """
+        whole = visit.rest.partition(b"?")[0] == b"/" or visit.rest.startswith(b"/session/")
+        if (wait := self._strays.spend(visit.head.client)) > 0:
+            return _refusal(visit.head, TooMany("too_many_requests", "Open the app's page first.", wait))
+        if whole or (active := self._fleet.any_active(visit.app)) is None:
+            return _refusal(visit.head, NotFound("not_found", "Open the app's page first."))
+        return self._forward(visit, active, None, ())
 
     async def _to_issuer(self, visit: "_Visit", session: Session, token: bytes) -> Verdict:
         """Pass on an upload or a download: it belongs to the worker whose page it comes from, an older one perhaps."""
@@ -152,7 +168,7 @@ class AppGate:
 
     def _session(self, visit: "_Visit") -> Session | None:
         sent = (value for name, value in visit.head.headers if name.lower() == b"cookie")
-        named = (match[1] for value in sent for match in _ROUTE.finditer(value))
+        named = (match[1] for value in sent for match in self._route_cookie.finditer(value))
         for cookie in islice(named, _MOST_COOKIES):
             if (found := self._sessions.find(cookie.decode("latin-1"), visit.app, visit.principal)) is not None:
                 return found
@@ -226,8 +242,8 @@ class AppGate:
 
     def _cookie(self, app: App, value: str, *, secure: bool) -> Header:
         path = self._addresses.prefix(app.name) + "/"
-        attributes = f"Path={path}; HttpOnly; SameSite=Lax" + ("; Secure" if secure else "")
-        return b"Set-Cookie", f"{COOKIE.decode()}={value}; {attributes}".encode()
+        attributes = f"Path={path}; HttpOnly; SameSite=Lax" + ("; Secure" if secure or self._bound else "")
+        return b"Set-Cookie", f"{self._cookie_name.decode()}={value}; {attributes}".encode()
 
 
 class _Visit(NamedTuple):  # a tuple: one is made for every request

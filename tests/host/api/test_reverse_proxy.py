@@ -117,7 +117,7 @@ def test_a_page_is_deployed_opened_by_the_servers_name_and_used_on_the_apps_own(
     page.goto(f"https://{CONTROL}/app/hello/")
     page.wait_for_selector("#histogram img")  # drawn over a WebSocket
     assert page.url == f"https://{APP}/"
-    (cookie,) = [cookie for cookie in page.context.cookies() if cookie["name"].endswith("blockyard_route")]
+    (cookie,) = [cookie for cookie in page.context.cookies() if cookie["name"] == "__Host-blockyard_route"]
     assert cookie["secure"]
     assert cookie["domain"] == APP
     move_the_slider(page)

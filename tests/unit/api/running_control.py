@@ -93,11 +93,14 @@ class Answer:
         return ends
 
 
-def head(path, cookie=None, *, method=b"GET", client="192.0.2.1", html=False, websocket=False, origin=ORIGIN, **more):
+def head(
+    path, cookie=None, *, method=b"GET", client="192.0.2.1", html=False, websocket=False, origin=ORIGIN, host=HOST,
+    cookie_name=b"blockyard_route", **more,
+):  # fmt: skip
     """Return a parsed request as the relay hands it to the gate."""
-    fields = [(b"Host", HOST), (b"User-Agent", b"test")]
+    fields = [(b"Host", host), (b"User-Agent", b"test")]
     if cookie is not None:
-        fields.append((b"Cookie", b"other=1; blockyard_route=" + cookie))
+        fields.append((b"Cookie", b"other=1; %b=%b" % (cookie_name, cookie)))
     if html:
         fields.append((b"Accept", b"text/html,*/*;q=0.8"))
     if websocket:

@@ -72,6 +72,29 @@ async def test_what_calls_itself_an_asset_begins_no_session_and_starts_no_worker
     assert len(control.worker_of(served).slots) == 1
 
 
+@pytest.mark.parametrize("path", ["", "?a=1", "session/abc/download/x"])
+async def test_what_calls_itself_an_asset_and_is_a_page_or_somebodys_file_reaches_no_worker(control, path):
+    await control.app()
+    await control.visit()
+    assert (await control.ask(f"/app/plain/{path}", Sec_Fetch_Dest=b"image")).status == 404
+
+
+async def test_an_address_that_asks_for_many_assets_without_a_session_is_slowed_down_and_others_are_not(control, clock):
+    await control.app()
+    visitor = await control.visit()
+
+    async def stray(client, cookie=None):
+        return (await control.ask("/app/plain/x.png", cookie, client=client, Sec_Fetch_Dest=b"image")).end().status
+
+    told = [await stray("203.0.113.9") for _ in range(40)]
+    assert told[0] is None
+    assert told[-1] == 429
+    assert await stray("203.0.113.10") is None
+    assert await stray("203.0.113.9", visitor.cookie) is None
+    await clock.advance(60)
+    assert await stray("203.0.113.9") is None
+
+
 @pytest.mark.parametrize("claim", [{"websocket": True}, {"method": b"POST"}])
 async def test_a_websocket_or_a_form_that_calls_itself_an_image_does_not_reach_another_visitors_worker(control, claim):
     await control.app()
@@ -144,6 +167,19 @@ async def test_a_hash_from_the_database_is_no_cookie(control):
     cookie = (await control.visit()).cookie
     stored = hashlib.sha256(cookie).hexdigest().encode()
     assert (await control.ask("/app/plain/", stored)).end().cookie
+
+
+async def test_where_each_app_has_its_own_host_no_other_host_can_plant_a_session(start):
+    control = await start('proxy.public_url = "https://{app}.apps.example.com/"')
+    await control.app()
+    first = await control.ask("/", html=True, host=b"plain.apps.example.com")
+    name, _, value = dict(first.headers)[b"Set-Cookie"].partition(b"=")
+    assert name == b"__Host-blockyard_route"
+    assert {b"Path=/", b"Secure", b"HttpOnly"} <= {part.strip() for part in value.split(b";")}
+    planted = await control.ask("/", first.cookie, html=True, host=b"plain.apps.example.com")
+    assert planted.cookie not in (None, first.cookie)
+    known = await control.ask("/", first.cookie, host=b"plain.apps.example.com", cookie_name=name)
+    assert known.end().cookie is None
 
 
 async def test_a_session_of_one_app_means_nothing_to_another(control):
