@@ -26,6 +26,10 @@ STANDARD = {
 STANDARD |= {"itertools", "json", "mmap", "os", "pathlib", "pwd", "re", "resource", "select", "signal", "socket"}
 STANDARD |= {"stat", "struct", "subprocess", "sys", "time", "tomllib", "typing"}
 
+# The API's packages and modules, from the lowest to the highest: each imports only what stands before it.
+LAYERS = ["errors", "clock", "pages", "settings", "host", "relay", "store", "hardening", "identity", "backends", "apps"]
+LAYERS += ["workers", "bundles", "sessions", "checks", "http", "app", "cli", "main"]
+
 
 def imported(path):
     """Name the modules that a file imports, wherever in it."""
@@ -35,6 +39,8 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import hides its direction"
             yield node.module
+            if node.module in ("blockyard_api", "blockyard_spawner"):  # a module of it, not a name in it
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def code_lines(path):
@@ -64,6 +70,18 @@ def test_the_api_takes_the_contract_from_the_root_helper_and_nothing_else():
     taken = {name for path in API for name in imported(path) if name.split(".")[0] == "blockyard_spawner"}
     names = {"blockyard_spawner", "blockyard_spawner.config", "blockyard_spawner.protocol", "blockyard_spawner.docker"}
     assert taken <= names
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_each_part_of_the_api_imports_only_what_lies_below_it(layer):
+    inside = [path for path in API if path.relative_to(ROOT / "blockyard_api").with_suffix("").parts[0] == layer]
+    names = {name for path in inside for name in imported(path) if name.startswith("blockyard_api.")}
+    assert {name.split(".")[1] for name in names} <= {*LAYERS[: LAYERS.index(layer)], layer}
+
+
+def test_every_part_of_the_api_has_its_place_among_the_layers():
+    parts = {path.relative_to(ROOT / "blockyard_api").with_suffix("").parts[0] for path in API}
+    assert parts - {"__init__"} == set(LAYERS)
 
 
 def test_nothing_is_imported_by_a_name_that_is_made_up_at_run_time():
