@@ -1,4 +1,4 @@
-"""Part: the whole pair: cold start beside plain R, spawn, the API's memory.
+"""Part: the whole pair: cold start beside plain R, spawn, the daemons' memory, the spawner's start, the checks.
 
 The pair is the tests' own (`tests/host/api/running_pair.py`): spawner as root, API as an ordinary user, R in bwrap.
 """
@@ -31,7 +31,7 @@ REQUEST = "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
 
 def run(options: Options) -> list[Row]:
     """Measure all of it."""
-    return [*cold_start(options.rounds), *spawn(options.rounds), *memory()]
+    return [*cold_start(options.rounds), *spawn(options.rounds), *spawner_start(options.rounds), *memory(), *checks()]
 
 
 def hello_files() -> dict[str, str]:
@@ -135,6 +135,40 @@ def spawner(pair: Pair) -> Iterator[socket.socket]:
         sock.send(protocol.encode(protocol.Hello(0, protocol.VERSION)))
         sock.recv(protocol.MAX_PACKET)
         yield sock
+
+
+def spawner_start(rounds: int) -> list[Row]:
+    """Time from the spawner's exec to its READY=1, and its resident memory then."""
+    took, resident = [], []
+    with Pair("bench") as pair, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        pair.kill("api")
+        pair.kill("spawner")
+        told.bind(path := str(pair.root / "notify.sock"))
+        argv = [sys.executable, "-m", "blockyard_spawner.main"]
+        argv += ["--config", str(pair.config), "--socket", str(pair.spawner_socket)]
+        for _ in range(max(9, rounds)):
+            began = time.perf_counter()
+            with subprocess.Popen(argv, env={"NOTIFY_SOCKET": path}, stderr=subprocess.DEVNULL, cwd="/") as process:
+                while b"READY=1" not in told.recv(4096):
+                    pass
+                took.append(time.perf_counter() - began)
+                resident.append(resident_bytes(process.pid))
+                process.terminate()
+    return [
+        Row("start of the spawner, until it serves", f"{statistics.median(took) * 1000:.0f} ms", "< 150 ms"),
+        Row("memory of the spawner at rest", f"{statistics.median(resident) / 2**20:.0f} MB", "< 30 MB"),
+    ]
+
+
+def checks() -> list[Row]:
+    """Time that all start-up checks take together, as their route tells."""
+    with Pair("bench") as pair:
+        took = []
+        for _ in range(3):
+            began = time.perf_counter()
+            pair.http.post("/api/v1/system/checks/run").raise_for_status()
+            took.append(time.perf_counter() - began)
+    return [Row("all start-up checks, together", f"{statistics.median(took):.1f} s", "≤ 3 s")]
 
 
 _SOCKETS = 400
