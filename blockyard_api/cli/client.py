@@ -60,6 +60,9 @@ class Client:
         timeout = httpx.Timeout(ANSWER_TIMEOUT, connect=CONNECT_TIMEOUT)
         try:
             self._http = httpx.Client(base_url=server, headers=headers, timeout=timeout)
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            remedy = "correct the address, or what ALL_PROXY, HTTP_PROXY and HTTPS_PROXY name"
+            raise Failure("no_way", f"There is no way to {server} ({error}); {remedy}.") from error
         except OSError as error:
             remedy = "correct or unset SSL_CERT_FILE and SSL_CERT_DIR"
             raise Failure("no_certificates", f"No certificates to trust can be read ({error}); {remedy}.") from error

@@ -117,9 +117,11 @@ def login(context: typer.Context) -> None:
 def _asked_token(output: Output, server: str) -> str:
     if not output.interactive:
         raise Failure("no_token", "Nobody can be asked for the token here; give it with --token.")
-    with suppress(EOFError):
+    try:
         if token := getpass(f"Token for {server}: ").strip():
             return token
+    except EOFError:
+        output.note("")  # the question's line has not ended
     raise Failure("no_token", "No token was given, so nothing has changed; 'by login' asks for it again.")
 
 

@@ -97,6 +97,12 @@ def test_certificates_that_cannot_be_read_are_named_as_such(by, monkeypatch):
     assert "correct or unset SSL_CERT_FILE" in by("list", status=1).err
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "nonsense://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_named_as_such(by, monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    assert "what ALL_PROXY, HTTP_PROXY and HTTPS_PROXY name" in by("list", status=1).err
+
+
 def test_tls_where_there_is_none_is_said_with_the_other_address(server, by):
     told = by("list", "--server", server.url.replace("http:", "https:"), status=1).err
     assert told.strip().endswith(f"is its address {server.url}?")
