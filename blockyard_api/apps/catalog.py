@@ -1,7 +1,6 @@
 """The catalogue of apps: rows in the database, and the same in memory, because the relay asks at every request."""
 
 import asyncio
-import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -11,13 +10,14 @@ from typing import Any
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from blockyard_api.apps import naming
 from blockyard_api.errors import BadRequest, Conflict, NotFound, Unavailable
 from blockyard_api.identity.tokens import Principal
 from blockyard_api.store.database import Database
 from blockyard_api.store.tables import access, aliases, apps
 from blockyard_spawner import config
 
-NAME = re.compile(r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
+NAME = naming.NAME
 ACCESS_TYPES = ("public", "logged_in", "acl")
 _MOST_MEMORY = 1 << 50  # bytes; what the spawner's protocol can say
 
@@ -68,10 +68,7 @@ class SwitchedOff(Unavailable):
 def check_name(name: str) -> str:
     """Return a valid name. Raises BadRequest."""
     if not NAME.fullmatch(name):
-        raise BadRequest(
-            "invalid_name",
-            "A name has 1 to 63 lowercase letters, digits and hyphens, starts with a letter and ends in no hyphen.",
-        )
+        raise BadRequest("invalid_name", naming.RULE)
     return name
 
 

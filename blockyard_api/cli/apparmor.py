@@ -1,26 +1,27 @@
 """`by admin install-apparmor`: a command for the server itself, which asks no API."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from blockyard_api.cli.client import Failure
+from blockyard_api.cli.output import STANDARD_OUTPUT, Output
 from blockyard_api.hardening import apparmor
-
-if TYPE_CHECKING:
-    from blockyard_api.cli.output import Output
 
 
 def install_apparmor(
     context: typer.Context,
-    target: Annotated[Path, typer.Option(help="Where to write the profile.")] = apparmor.TARGET,
+    target: Annotated[Path, typer.Option(help="Where to write the profile; '-' prints it.")] = apparmor.TARGET,
 ) -> None:
     """Let workers make their sandbox where AppArmor denies bwrap user namespaces.
 
     Run as root on the server. Writes a profile that confines nothing, and loads it.
     """
     output: Output = context.obj.output
+    if target == STANDARD_OUTPUT:
+        output.content(apparmor.POLICY.read_bytes())
+        return
     try:
         done = apparmor.install(target)
     except OSError as error:

@@ -8,31 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from blockyard_api.cli.client import Failure
+from blockyard_api.cli.client import Failure, UsedWrongly
 
 DEFAULT_SERVER = "http://127.0.0.1:8080"
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """A server's address without a final slash, and a token for it."""
+    """A server's address without a final slash, and a token for it; without one, the server that a login is for."""
 
     server: str
     token: str | None
+    elsewhere: str | None = None
 
 
 def resolve(server: str | None, token: str | None, environ: Mapping[str, str]) -> Credentials:
     """Combine the given options with BLOCKYARD_URL, BLOCKYARD_TOKEN and the stored login, in this order.
 
-    A stored token is used for the server it was stored for and no other. Raises Failure.
+    A stored token is used for the server it was stored for and no other. An empty variable is as good as none. Raises
+    Failure.
     """
     stored = load()
     chosen = _address(server or environ.get("BLOCKYARD_URL") or (stored.server if stored else DEFAULT_SERVER))
-    given = token or environ.get("BLOCKYARD_TOKEN")
-    if given is None and stored and stored.server == chosen:
+    given = token or environ.get("BLOCKYARD_TOKEN") or None
+    if given is None and stored:
+        if stored.server != chosen:
+            return Credentials(chosen, None, elsewhere=stored.server)
         given = stored.token
     if given is not None and not (given.isascii() and given.isprintable() and " " not in given):
-        raise Failure("invalid_token", "A token is one word of plain characters; copy it again.")
+        raise UsedWrongly("invalid_token", "A token is one word of plain characters; copy it again.")
     return Credentials(chosen, given)
 
 
@@ -101,5 +105,5 @@ def _address(server: str) -> str:
     except ValueError:
         valid = False
     if not valid or parts.username is not None or parts.query or parts.fragment:
-        raise Failure("invalid_server", f"{server!r:.200} is no server's address; write it like {DEFAULT_SERVER}.")
+        raise UsedWrongly("invalid_server", f"{server!r:.200} is no server's address; write it like {DEFAULT_SERVER}.")
     return server.rstrip("/")

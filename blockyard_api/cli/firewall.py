@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from blockyard_api import settings
-from blockyard_api.cli.client import Failure
+from blockyard_api.cli.client import Failure, UsedWrongly
 from blockyard_api.errors import BlockyardError
 from blockyard_api.hardening import surroundings
 from blockyard_api.hardening.firewall import Format, loaded_by, render
@@ -24,7 +24,9 @@ def firewall(
     apply_with: Annotated[
         bool, typer.Option("--apply-with", help="Print the commands that load the rules, for root's shell.")
     ] = False,
-    config: Annotated[Path, typer.Option(help="The server's configuration.")] = Path(DEFAULT_PATH),
+    config: Annotated[
+        Path | None, typer.Option(help=f"The server's configuration, {DEFAULT_PATH} unless it is another.")
+    ] = None,
 ) -> None:
     """Print rules that keep apps from this machine's services.
 
@@ -33,7 +35,9 @@ def firewall(
     'by admin firewall --apply-with | sudo sh' loads the rules, and may be repeated.
     """
     printed = f"by admin firewall --format {form}"
-    if config != Path(DEFAULT_PATH):
+    if config is not None:
+        if not config.exists():  # the usual one may be absent: then all keys have their defaults
+            raise UsedWrongly("no_such_path", f"There is no '{config}'; give the server's configuration to --config.")
         printed += f" --config {shlex.quote(str(config.absolute()))}"
     output = context.obj.output
     commands = loaded_by(form, printed)
@@ -41,15 +45,18 @@ def firewall(
         output.result(commands, "\n".join(commands))  # what is wrong with the rules, they say themselves when they run
         return
     try:
-        around = surroundings.look(settings.load(str(config), os.environ))
+        around = surroundings.look(settings.load(str(config or DEFAULT_PATH), os.environ))
         rules = render(around, form)
     except ConfigError as error:
         raise Failure("invalid_configuration", str(error)) from error
     except BlockyardError as error:
         raise Failure(error.code, error.message) from error
-    for service in around.services:
-        if not service.addresses:
-            output.note(
-                f"{service.key}: {service.host} has no address now, so workers are not kept from it; try later."
-            )
-    output.result({"format": form, "rules": rules, "apply_with": commands}, rules.rstrip("\n"))
+    warnings = [
+        f"{service.key}: {service.host} has no address now, so workers are not kept from it; try later."
+        for service in around.services
+        if not service.addresses
+    ]
+    for warning in warnings:
+        output.note(warning)
+    record = {"format": form, "rules": rules, "apply_with": commands, "warnings": warnings}
+    output.result(record, rules.rstrip("\n"))

@@ -7,32 +7,44 @@ import itertools
 import os
 import re
 import sys
-import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import suppress
 from getpass import getpass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import typer
 
 from blockyard_api.cli import apparmor, credentials, seccomp
-from blockyard_api.cli.client import Client, Failure, path
+from blockyard_api.cli.answers import APP, APPS, BUNDLES, CHECKS, NEW_TOKEN, RUNTIME, STATUS, TOKENS, USER, Shape
+from blockyard_api.cli.client import Answer, Client, Failure, UsedWrongly, path
+from blockyard_api.cli.deploy import deploy
 from blockyard_api.cli.firewall import firewall
+from blockyard_api.cli.invocation import AppName, Invocation, Yes, invocation, reference, whole_id
 from blockyard_api.cli.output import Output, size
-from blockyard_api.cli.packing import pack
+from blockyard_api.clock import rfc3339
 
 INTERRUPTED = 130
 PER_PAGE = 200
 _VALUED = ("--server", "--token")
+# What the command line calls settings of the API, where it is another word.
+_OPTIONS = {
+    "access_type": "access",
+    "memory_limit": "memory",
+    "cpu_limit": "cpu",
+    "max_workers_per_app": "max-workers",
+    "max_sessions_per_worker": "sessions-per-worker",
+    "pre_warmed_sessions": "pre-warmed",
+    "scratch_copy": "scratch-copy",
+}
 
 app = typer.Typer(
     name="by",
     help="Deploy and run Shiny apps on a Blockyard server.",
-    epilog="--json, --server and --token may stand anywhere in a command.",
+    epilog="--json, --server and --token may stand anywhere in a command. With --json nothing is asked, and standard"
+    " error has nothing but one JSON object, if the command fails.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,8 +59,6 @@ admin_app.command("install-seccomp")(seccomp.install)
 admin_app.command("install-apparmor")(apparmor.install_apparmor)
 admin_app.command()(firewall)
 
-AppName = Annotated[str, typer.Argument(metavar="APP", help="The app's name or id.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Sessions = Annotated[
     int | None, typer.Option("--sessions-per-worker", min=1, help="Visitors that share one R process.")
 ]
@@ -56,32 +66,9 @@ Workers = Annotated[str | None, typer.Option("--max-workers", help="R processes 
 Warm = Annotated[int | None, typer.Option("--pre-warmed", min=0, help="Places kept ready for the next visitors.")]
 
 
-@dataclass(frozen=True, slots=True)
-class Invocation:
-    """What every command is given: how to print, and which server it was told to use."""
-
-    output: Output
-    server: str | None
-    token: str | None
-
-    @contextmanager
-    def client(self) -> Iterator[Client]:
-        """Connect with whatever login there is."""
-        login = credentials.resolve(self.server, self.token, os.environ)
-        with Client(login.server, login.token) as client:
-            yield client
-
-
-def _invocation(context: typer.Context) -> Invocation:
-    invocation = context.find_object(Invocation)
-    if invocation is None:
-        raise Failure("internal_error", "The command was started without its options; report this.")
-    return invocation
-
-
 def _print_version(wanted: bool) -> None:  # noqa: FBT001 - Typer passes it by position
     if wanted:
-        sys.stdout.write(f"by {version('blockyard')}\n")
+        Output(as_json=False).content(f"by {version('blockyard')}\n".encode())
         raise typer.Exit
 
 
@@ -97,6 +84,8 @@ def by(
     ] = False,
 ) -> None:
     """Deploy and run Shiny apps on a Blockyard server."""
+    if token == "":
+        raise UsedWrongly("empty_token", "The token after --token is empty; what should have printed it has failed.")
     context.obj = Invocation(Output(as_json=as_json), server, token)
 
 
@@ -106,25 +95,34 @@ def login(context: typer.Context) -> None:
 
     Asks for the token where neither --token nor BLOCKYARD_TOKEN gives it.
     """
-    invocation = _invocation(context)
-    output = invocation.output
-    known = credentials.resolve(invocation.server, invocation.token, os.environ)
-    token = invocation.token or os.environ.get("BLOCKYARD_TOKEN")
-    if token is None:
-        if not output.interactive:
-            raise Failure("no_token", "Nobody can be asked for the token here; give it with --token.")
-        token = getpass(f"Token for {known.server}: ").strip()
-    chosen = credentials.resolve(known.server, token, {})
+    given = invocation(context)
+    output = given.output
+    server = credentials.resolve(given.server, None, os.environ).server
+    token = given.token or os.environ.get("BLOCKYARD_TOKEN") or _asked_token(output, server)
+    chosen = credentials.resolve(server, token, {})
     with Client(chosen.server, chosen.token) as client:
-        user = client.call("GET", path("users", "me"))
+        user = client.call("GET", path("users", "me"), USER)
     kept = credentials.save(chosen)
     parts = urlsplit(chosen.server)
+    warnings = []
     if parts.scheme == "http" and parts.hostname not in {"127.0.0.1", "localhost", "::1"}:
-        output.note("The token travels unencrypted to this server; prefer its https address.")
+        warnings = ["The token travels unencrypted to this server; prefer its https address."]
+        output.note(*warnings)
     output.result(
-        {"server": chosen.server, **user},
+        {"server": chosen.server, **user, "warnings": warnings},
         f"Logged in to {chosen.server} as {user['name'] or user['sub']} ({user['role']}); kept in {kept}.",
     )
+
+
+def _asked_token(output: Output, server: str) -> str:
+    if not output.interactive:
+        raise Failure("no_token", "Nobody can be asked for the token here; give it with --token.")
+    try:
+        if token := getpass(f"Token for {server}: ").strip():
+            return token
+    except EOFError:
+        output.note("")  # the question's line has not ended
+    raise Failure("no_token", "No token was given, so nothing has changed; 'by login' asks for it again.")
 
 
 @app.command()
@@ -134,82 +132,10 @@ def logout(context: typer.Context) -> None:
     The token stays valid until it is revoked or expires.
     """
     was = credentials.forget()
-    _invocation(context).output.result({"logged_out": was}, "Logged out." if was else "There was no login to forget.")
+    invocation(context).output.result({"logged_out": was}, "Logged out." if was else "There was no login to forget.")
 
 
-@app.command()
-def deploy(
-    context: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="PATH", help="An app's directory, or a .tar.gz of it.")],
-    name: Annotated[str | None, typer.Option(help="The app's name; by default the directory's.")] = None,
-    *,
-    yes: Yes = False,
-    wait: Annotated[
-        bool | None, typer.Option("--wait/--no-wait", help="Follow until it is served; the default on a terminal.")
-    ] = None,
-) -> None:
-    """Send an app to the server.
-
-    It is created there if it is new. From a directory, what version control, editors and package libraries keep there
-    is left out, and so is what the lines of a .byignore at its top name.
-    """
-    invocation = _invocation(context)
-    output = invocation.output
-    name = name or _default_name(source)
-    with _archive(source, output) as archive, invocation.client() as client:
-        if not _exists(client, name):
-            question = f"There is no app '{name}' yet; create it?"
-            if not yes and not output.confirm(question, f"There is no app '{name}'; add --yes to create it."):
-                raise Failure("not_created", "Nothing was deployed.")
-            client.call("POST", path("apps"), {"name": name})
-        with output.progress() as progress:
-            bar = progress.add_task("Uploading", total=archive.stat().st_size)
-            accepted = client.upload(path("apps", name, "bundles"), archive, lambda sent: progress.advance(bar, sent))
-        status = "running"
-        if output.interactive if wait is None else wait:
-            status = _follow(client, output, accepted["task_id"])
-        url = client.call("GET", path("apps", name))["url"]
-    if status == "failed":
-        raise Failure("deployment_failed", "The deployment failed; correct what its log says and deploy again.")
-    words = f"'{name}' is at {url}" if status == "completed" else f"'{name}' was sent and will be at {url}"
-    output.result({"app": name, "status": status, "url": url, **accepted}, words)
-
-
-def _default_name(source: Path) -> str:
-    stem = re.sub(r"(\.tar\.gz|\.tgz)$", "", source.resolve().name.lower())
-    return re.sub(r"[^a-z0-9]+", "-", stem).strip("-") or "app"
-
-
-@contextmanager
-def _archive(source: Path, output: Output) -> Iterator[Path]:
-    if source.is_dir():
-        with tempfile.NamedTemporaryFile(prefix="by-", suffix=".tar.gz") as packed:
-            count = pack(source, packed)
-            packed.flush()
-            output.note(f"Packed {count} files, {size(Path(packed.name).stat().st_size)}.")
-            yield Path(packed.name)
-    elif source.is_file():
-        yield source
-    else:
-        raise Failure("no_such_path", f"There is no '{source}'; name an app's directory or a .tar.gz.")
-
-
-def _exists(client: Client, name: str) -> bool:
-    try:
-        client.call("GET", path("apps", name))
-    except Failure as failure:
-        if failure.status == 404:
-            return False
-        raise
-    return True
-
-
-def _follow(client: Client, output: Output, task: str) -> str:
-    """Show a deployment's log until it ends, on standard error, and return how it ended."""
-    for piece in client.text(path("tasks", task, "logs")):
-        if piece.strip():
-            output.note(piece.rstrip("\n"))
-    return str(client.call("GET", path("tasks", task))["status"])
+app.command()(deploy)  # here, since help names commands in this order
 
 
 @app.command("list")
@@ -218,18 +144,25 @@ def list_apps(
     search: Annotated[str, typer.Option(help="Only apps with this in name, title or description.")] = "",
 ) -> None:
     """Name the apps you may see."""
-    invocation = _invocation(context)
+    given = invocation(context)
     found: list[dict[str, Any]] = []
-    with invocation.client() as client:
+    with given.client() as client:
         for number in itertools.count(1):
-            page = client.call("GET", path("apps"), query={"search": search, "page": number, "per_page": PER_PAGE})
+            query: dict[str, str | int] = {"search": search, "page": number, "per_page": PER_PAGE}
+            page = client.call("GET", path("apps"), APPS, query=query)
             found += page["apps"]
             if not page["apps"] or len(found) >= page["total"]:
                 break
-    headings = ("name", "status", "enabled", "access", "title", "address")
-    keys = ("name", "status", "enabled", "access_type", "title", "url")
-    rows = [[one[key] for key in keys] for one in found]
-    invocation.output.table({"apps": found}, headings, rows, empty="There are no apps; 'by deploy PATH' makes one.")
+    headings = ("name", "status", "access", "title", "address")
+    rows = [[one["name"], _status(one), one["access_type"], one["title"], one["url"]] for one in found]
+    empty = "There are no apps; 'by deploy PATH' makes one."
+    if search:
+        empty = f"No app has '{search}' in its name, title or description; 'by list' names all."
+    given.output.table({"apps": found}, headings, rows, empty=empty)
+
+
+def _status(one: Mapping[str, Any]) -> str:
+    return str(one["status"] if one["enabled"] else "disabled")
 
 
 @app.command()
@@ -240,19 +173,20 @@ def get(
     runtime: Annotated[bool, typer.Option("--runtime", help="Its workers and visitors, too.")] = False,
 ) -> None:
     """Show one app."""
-    invocation = _invocation(context)
-    with invocation.client() as client:
-        found = client.call("GET", path("apps", name))
-        running = client.call("GET", path("apps", name, "runtime")) if runtime else None
+    given = invocation(context)
+    with given.client() as client:
+        found = client.call("GET", path("apps", name), APP)
+        running = client.call("GET", path("apps", name, "runtime"), RUNTIME) if runtime else None
     if running is None:
-        invocation.output.record(found, _fields(found))
+        given.output.record(found, _fields(found))
         return
     counts = {key: value for key, value in running.items() if key != "workers"}
-    invocation.output.record({**found, "runtime": running}, [*_fields(found), *_fields(counts)])
-    if not invocation.output.as_json:
-        headings = ("worker", "status", "bundle", "started", "visitors", "cpu", "memory", "limits", "end")
+    given.output.record({**found, "runtime": running}, [*_fields(found), *_fields(counts)])
+    if not given.output.as_json:
+        headings = ("worker", "status", "bundle", "started", "use")
         rows = [_worker_row(worker) for worker in running["workers"]]
-        invocation.output.table(None, headings, rows, empty="No worker has run yet; open the app to start one.")
+        empty = "No worker has run yet; open the app to start one."
+        given.output.table(None, headings, rows, empty=empty, ids={"worker", "bundle"})
 
 
 def _fields(record: Mapping[str, object]) -> list[tuple[str, object]]:
@@ -264,17 +198,20 @@ def _fields(record: Mapping[str, object]) -> list[tuple[str, object]]:
 
 def _worker_row(worker: Mapping[str, Any]) -> list[object]:
     stats = worker["stats"] or {}
-    cpu = stats.get("cpu_percent")
+    cpu, memory = stats.get("cpu_percent"), stats.get("memory_usage_bytes")
+    visitors = len(worker["sessions"])
+    use = [
+        f"{visitors} visitor{'' if visitors == 1 else 's'}" if worker["stats"] or visitors else None,
+        None if cpu is None else f"{cpu:.0f} % CPU",
+        _of(size(memory), size(stats.get("memory_limit_bytes"))),
+    ]
+    status = [worker["status"], *worker["limits_hit"], worker["end_reason"]]
     return [
         worker["id"],
-        worker["status"],
+        "; ".join(part for part in status if part),
         worker["bundle_id"],
         worker["started_at"],
-        len(worker["sessions"]),
-        None if cpu is None else f"{cpu:.0f} %",
-        _of(size(stats.get("memory_usage_bytes")), size(stats.get("memory_limit_bytes"))),
-        "; ".join(worker["limits_hit"]),
-        worker["end_reason"],
+        ", ".join(part for part in use if part),
     ]
 
 
@@ -284,99 +221,122 @@ def logs(
     name: AppName,
     *,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on while the worker runs.")] = False,
-    worker: Annotated[str, typer.Option("--worker", "-w", help="A worker's id; by default the newest.")] = "",
+    worker: Annotated[
+        str, typer.Option("--worker", "-w", help="A worker's id or its beginning; by default the newest.")
+    ] = "",
 ) -> None:
     """Print what an app wrote.
 
     Control characters are made visible on a terminal, and pass unchanged into a pipe.
     """
-    invocation = _invocation(context)
-    query = {"stream": "true" if follow else "false"} | ({"worker_id": worker} if worker else {})
-    with invocation.client() as client:
-        invocation.output.stream(
+    given = invocation(context)
+    query = {"stream": "true" if follow else "false"}
+    with given.client() as client:
+        if worker:
+            known = _ids(client, "workers", RUNTIME, "apps", name, "runtime")
+            query["worker_id"] = whole_id(worker, known, "worker", f"by get {name} --runtime")
+        given.output.stream(
             client.text(path("apps", name, "logs"), **query), empty=f"'{name}' has written nothing yet."
         )
+
+
+def _ids(client: Client, key: str, shape: Shape, *where: str) -> Iterator[str]:
+    """Ask the server for ids once the first of them is wanted: who gives a whole id needs none."""
+    yield from (one["id"] for one in client.call("GET", path(*where), shape)[key])
 
 
 @app.command()
 def bundles(context: typer.Context, name: AppName) -> None:
     """Name what was deployed of an app, newest first."""
-    invocation = _invocation(context)
-    with invocation.client() as client:
-        active = client.call("GET", path("apps", name))["active_bundle"]
-        found = client.call("GET", path("apps", name, "bundles"))
+    given = invocation(context)
+    with given.client() as client:
+        active = client.call("GET", path("apps", name), APP)["active_bundle"]
+        found = client.call("GET", path("apps", name, "bundles"), BUNDLES)
     rows = [
         [one["id"], one["status"], one["id"] == active, one["uploaded_at"], one["deployed_by"], one["pinned"]]
         for one in found["bundles"]
     ]
     headings = ("bundle", "status", "active", "uploaded", "by", "pinned")
-    invocation.output.table(found, headings, rows, empty=f"'{name}' has no bundles; 'by deploy PATH' sends one.")
+    empty = f"'{name}' has no bundles; 'by deploy PATH' sends one."
+    given.output.table(found, headings, rows, empty=empty, ids={"bundle"})
 
 
 @app.command()
 def rollback(
     context: typer.Context,
     name: AppName,
-    bundle: Annotated[str | None, typer.Argument(metavar="[BUNDLE]", help="By default the one served before.")] = None,
+    bundle: Annotated[
+        str | None, typer.Argument(metavar="BUNDLE", help="Its id or what that begins with; by default the one before.")
+    ] = None,
 ) -> None:
     """Serve an earlier bundle again.
 
     Open sessions end on the bundle they began with.
     """
-    body = {"bundle_id": bundle} if bundle else {}
-    _act(context, "POST", path("apps", name, "rollback"), body, "'{name}' serves bundle {active_bundle} now.")
+    given = invocation(context)
+    body = {}
+    with given.client() as client:
+        if bundle is not None:
+            known = _ids(client, "bundles", BUNDLES, "apps", name, "bundles")
+            body["bundle_id"] = whole_id(bundle, known, "bundle", f"by bundles {name}")
+        changed = client.call("POST", path("apps", name, "rollback"), APP, body)
+    given.output.result(changed, f"'{changed['name']}' serves bundle {changed['active_bundle']} now.")
 
 
 @app.command()
 def enable(context: typer.Context, name: AppName) -> None:
     """Let visitors in again."""
-    _act(context, "POST", path("apps", name, "enable"), None, "'{name}' is enabled, at {url}")
+    changed = _switched(context, name, "enable")
+    invocation(context).output.result(changed, f"'{changed['name']}' is enabled, at {changed['url']}")
 
 
 @app.command()
 def disable(context: typer.Context, name: AppName) -> None:
     """Close an app to visitors and end its workers."""
-    _act(
-        context, "POST", path("apps", name, "disable"), None, "'{name}' is disabled; 'by enable {name}' opens it again."
-    )
+    changed = _switched(context, name, "disable")
+    called = changed["name"]
+    invocation(context).output.result(changed, f"'{called}' is disabled; 'by enable {called}' opens it again.")
 
 
-def _act(context: typer.Context, method: str, where: str, body: object, sentence: str) -> None:
-    """Make a call that answers with an app, and say so with the app's fields put in."""
-    invocation = _invocation(context)
-    with invocation.client() as client:
-        changed = client.call(method, where, body)
-    invocation.output.result(changed, sentence.format_map(changed))
+def _switched(context: typer.Context, name: str, verb: str) -> Answer:
+    with invocation(context).client() as client:
+        return client.call("POST", path("apps", name, verb), APP)
 
 
 @app.command()
 def delete(context: typer.Context, name: AppName, *, yes: Yes = False) -> None:
     """Delete an app and end its workers."""
-    invocation = _invocation(context)
-    with invocation.client() as client:
-        found = client.call("GET", path("apps", name))["name"]
+    given = invocation(context)
+    with given.client() as client:
+        found = client.call("GET", path("apps", name), APP)["name"]
         question = f"Delete '{found}' with all its bundles?"
-        if not yes and not invocation.output.confirm(question, f"Add --yes to delete '{found}' with all its bundles."):
-            raise Failure("not_deleted", "Nothing was deleted.")
-        client.call("DELETE", path("apps", name))
-    invocation.output.result({"deleted": found}, f"'{found}' is deleted.")
+        if not yes and not given.output.confirm(question, f"Add --yes to delete '{found}' with all its bundles."):
+            raise Failure("not_deleted", "Nothing was deleted; answer y, or add --yes, to delete it.")
+        client.delete(path("apps", name))
+    given.output.result({"deleted": found}, f"'{found}' is deleted.")
 
 
 @app.command()
 def update(
     context: typer.Context,
     name: AppName,
-    new_name: Annotated[str | None, typer.Option("--name", help="A new name; the old one stays an alias.")] = None,
+    new_name: Annotated[
+        str | None, typer.Option("--name", help="A new name; the old one stays an alias.", callback=reference)
+    ] = None,
     title: Annotated[str | None, typer.Option(help="The title people see.")] = None,
     description: Annotated[str | None, typer.Option(help="What the app is for.")] = None,
-    access: Annotated[str | None, typer.Option(help="Who may open it: public, logged_in or acl.")] = None,
+    access: Annotated[Literal["public", "logged_in", "acl"] | None, typer.Option(help="Who may open it.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory of each worker, like 512m; 'none': the default.")] = None,
     cpu: Annotated[str | None, typer.Option(help="Cores of each worker, like 0.5; 'none': the default.")] = None,
     max_workers: Workers = None,
     sessions_per_worker: Sessions = None,
     pre_warmed: Warm = None,
-    network: Annotated[str | None, typer.Option(help="host or none; 'default': the server's.")] = None,
-    backend: Annotated[str | None, typer.Option(help="process or docker; 'default': the server's.")] = None,
+    network: Annotated[
+        Literal["host", "none", "default"] | None, typer.Option(help="Its workers' network; 'default': the server's.")
+    ] = None,
+    backend: Annotated[
+        Literal["process", "docker", "default"] | None, typer.Option(help="What runs it; 'default': the server's.")
+    ] = None,
     scratch_copy: Annotated[
         bool | None, typer.Option("--scratch-copy/--no-scratch-copy", help="Run from a writable copy of the bundle.")
     ] = None,
@@ -386,6 +346,8 @@ def update(
 
     Limits count for workers that start from now on.
     """
+    if refresh_schedule:
+        raise UsedWrongly("not_available", "Scheduled refreshes are not available yet; leave --refresh-schedule out.")
     given = {
         "name": new_name,
         "title": title,
@@ -399,10 +361,11 @@ def update(
     changes: dict[str, object] = {key: value for key, value in given.items() if value is not None}
     changes |= _limit("memory_limit", memory, str) | _limit("cpu_limit", cpu, float)
     changes |= _limit("max_workers_per_app", max_workers, int)
-    if network is not None:
-        changes["network"] = None if network == "default" else network
-    if backend is not None:
-        changes["backend"] = None if backend == "default" else backend
+    changes |= {
+        key: None if value == "default" else value
+        for key, value in (("network", network), ("backend", backend))
+        if value is not None
+    }
     _change(context, name, changes)
 
 
@@ -420,33 +383,59 @@ def scale(
     _change(context, name, changes | _limit("max_workers_per_app", max_workers, int))
 
 
+def _option(key: str) -> str:
+    """Return what the command line calls a setting of the API."""
+    return _OPTIONS.get(key, key)
+
+
 def _limit(key: str, value: str | None, kind: type[str | int | float]) -> dict[str, object]:
     if value is None:
         return {}
     if value == "none":
         return {key: None}
-    if kind is not str and not re.fullmatch(r"[0-9]+" if kind is int else r"[0-9]+(\.[0-9]+)?", value):
-        hint = key.replace("_", " ")
-        raise typer.BadParameter(f"'{value}' is neither a number nor 'none'.", param_hint=hint)
+    if kind is not str and not re.fullmatch(r"[0-9]{1,9}" if kind is int else r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+        raise UsedWrongly("invalid_limit", f"'{value}' is neither a number nor 'none'; correct --{_option(key)}.")
     return {key: kind(value)}
 
 
 def _change(context: typer.Context, name: str, changes: Mapping[str, object]) -> None:
     if not changes:
-        raise typer.BadParameter("name at least one setting to change; --help lists them.", param_hint="options")
-    sentence = "'{name}' is changed: " + ", ".join(f"{key.replace('_', ' ')} {{{key}}}" for key in changes) + "."
-    _act(context, "PATCH", path("apps", name), changes, sentence)
+        raise UsedWrongly("nothing_to_change", "Name at least one setting to change; --help lists them.")
+    given = invocation(context)
+    try:
+        with given.client() as client:
+            changed = client.call("PATCH", path("apps", name), APP, changes)
+    except UsedWrongly as refusal:
+        words = re.sub(r"'(\w+)[^']*'", lambda key: f"'--{_option(key[1])}'", refusal.message, count=1)
+        raise UsedWrongly(refusal.code, words if refusal.code == "invalid_request" else refusal.message) from refusal
+    told = ", ".join(f"{_option(key)} {_setting(changed.get(key))}" for key in changes)
+    given.output.result(changed, f"'{changed['name']}' is changed: {told}.")
+
+
+def _setting(value: object) -> str:
+    if value is None:
+        return "the server's default"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) or "empty"
 
 
 @tokens_app.command("list")
 def list_tokens(context: typer.Context) -> None:
     """Name your tokens, newest first."""
-    invocation = _invocation(context)
-    with invocation.client() as client:
-        found = client.call("GET", path("users", "me", "tokens"))
-    keys = ("id", "name", "created_at", "expires_at", "last_used_at")
-    rows = [[one[key] for key in keys] for one in found["tokens"]]
-    invocation.output.table(found, ("token", "name", "created", "expires", "last used"), rows, empty="No tokens.")
+    given = invocation(context)
+    with given.client() as client:
+        found = client.call("GET", path("users", "me", "tokens"), TOKENS)
+    headings = ("token", "name", "created", "expires", "last used")
+    rows = [
+        [one["id"], one["name"], one["created_at"], _expiry(one["expires_at"]), one["last_used_at"]]
+        for one in found["tokens"]
+    ]
+    given.output.table(found, headings, rows, empty="No tokens.", ids={"token"})
+
+
+def _expiry(moment: str) -> str:
+    return f"{moment} (expired)" if moment < (rfc3339(time.time()) or "") else moment
 
 
 @tokens_app.command("create")
@@ -456,22 +445,26 @@ def create_token(
     days: Annotated[int, typer.Option(min=1, max=366, help="Days until it expires.")] = 90,
 ) -> None:
     """Make a token and print it, this once."""
-    invocation = _invocation(context)
-    with invocation.client() as client:
-        made = client.call("POST", path("users", "me", "tokens"), {"name": name, "expires_in_days": days})
-    invocation.output.note("Keep this token now: it is not shown again.")
-    invocation.output.result(made, made["token"])
+    if not name.strip():
+        raise UsedWrongly("empty_name", "Say what the token is for, by which you will know it when you revoke it.")
+    given = invocation(context)
+    with given.client() as client:
+        made = client.call("POST", path("users", "me", "tokens"), NEW_TOKEN, {"name": name, "expires_in_days": days})
+    given.output.note("Keep this token now: it is not shown again.")
+    given.output.result(made, made["token"])
 
 
 @tokens_app.command("revoke")
 def revoke_token(
-    context: typer.Context, token_id: Annotated[str, typer.Argument(metavar="ID", help="As 'by tokens list' names it.")]
+    context: typer.Context, token_id: Annotated[str, typer.Argument(metavar="ID", help="As 'by tokens list' shows it.")]
 ) -> None:
     """Make a token invalid at once."""
-    invocation = _invocation(context)
-    with invocation.client() as client:
-        client.call("DELETE", path("users", "me", "tokens", token_id))
-    invocation.output.result({"revoked": token_id}, "The token is revoked.")
+    given = invocation(context)
+    with given.client() as client:
+        known = _ids(client, "tokens", TOKENS, "users", "me", "tokens")
+        token_id = whole_id(token_id, known, "token", "by tokens list")
+        client.delete(path("users", "me", "tokens", token_id))
+    given.output.result({"revoked": token_id}, "The token is revoked.")
 
 
 @admin_app.command()
@@ -480,14 +473,14 @@ def check(context: typer.Context) -> None:
 
     Exit status 1 if one of them is an error: the server would not start like this.
     """
-    invocation = _invocation(context)
-    with invocation.client() as client:
-        run = client.call("POST", path("system", "checks", "run"))
+    given = invocation(context)
+    with given.client() as client:
+        run = client.call("POST", path("system", "checks", "run"), CHECKS)
     headings = ("check", "severity", "fact", "remedy")
     rows = [[one[key] for key in ("name", "severity", "fact", "remedy")] for one in run["checks"]]
-    invocation.output.table(run, headings, rows, empty="The server made no checks.")
-    if not invocation.output.as_json and (isolation := run.get("isolation")):  # an older server tells none
-        invocation.output.result(run, isolation)
+    given.output.table(run, headings, rows, empty="The server made no checks.")
+    if not given.output.as_json and (isolation := run.get("isolation")):  # an older server tells none
+        given.output.result(run, isolation)
     if run["severity"] == "error":
         raise Failure("check_failed", "The server would not start like this; see the checks that are errors.")
 
@@ -495,9 +488,9 @@ def check(context: typer.Context) -> None:
 @admin_app.command()
 def status(context: typer.Context) -> None:
     """Show daemons, workers and limits."""
-    invocation = _invocation(context)
-    with invocation.client() as client:
-        found = client.call("GET", path("system", "status"))
+    given = invocation(context)
+    with given.client() as client:
+        found = client.call("GET", path("system", "status"), STATUS)
     spawner, workers, unit = found["spawner"], found["workers"], found["unit"] or {}
     fields: list[tuple[str, object]] = [
         ("version", found["version"]),
@@ -512,7 +505,7 @@ def status(context: typer.Context) -> None:
         ("tasks", _of(unit.get("tasks_current"), unit.get("tasks_max"))),
         ("cpu quota", unit.get("cpu_quota")),
     ]
-    invocation.output.record(found, fields)
+    given.output.record(found, fields)
 
 
 def _of(current: object, most: object) -> str | None:
@@ -539,10 +532,22 @@ def _hoisted(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Run `by`."""
     arguments = _hoisted(sys.argv[1:])
+    as_json = "--json" in itertools.takewhile(lambda argument: argument != "--", arguments)
+    ended: Failure
     try:
-        app(arguments)
+        # What is wrong with the words of a command, Typer tells people by itself, with the command's usage.
+        sys.exit(app(arguments, standalone_mode=not as_json))
+    except typer.TyperException as error:
+        ended = UsedWrongly("used_wrongly", error.format_message())
     except Failure as failure:
-        Output(as_json="--json" in arguments).failure(failure.code, failure.message)
-        sys.exit(1)
+        ended = failure
+    except OSError as error:
+        # What is still in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        where = error.filename or "Standard output"
+        ended = Failure("cannot_write", f"{where} cannot be used ({error.strerror}); make room, or name another place.")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    with suppress(OSError):  # standard error may be full, too
+        Output(as_json=as_json).failure(ended.code, ended.message)
+    sys.exit(ended.exit_status)

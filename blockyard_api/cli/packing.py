@@ -21,17 +21,21 @@ IGNORED = (
 def pack(directory: Path, archive: IO[bytes]) -> int:
     """Write the directory as .tar.gz and return the number of files. Raises Failure.
 
-    Lines of a .byignore at its top are further patterns: a name to leave out wherever it is, or a path.
+    The app is at its top, or in the one directory that it holds. Lines of a .byignore in either are further patterns: a
+    name to leave out wherever it is, or a path from either.
     """
-    _require_entry_point(directory)
+    at_the_top = _has_entry_point(directory)
     ignored = (*IGNORED, *_own_patterns(directory))
+    top = directory if at_the_top else _directory_below(directory, ignored)
+    if top != directory:
+        ignored += (*_own_patterns(top),)
     count = 0
     try:
         with (
             gzip.GzipFile(filename="", mode="wb", fileobj=archive, mtime=0) as stream,
             tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as members,
         ):
-            for path in _walk(directory, directory, ignored):
+            for path in _walk(directory, {directory, top}, ignored):
                 members.add(path, path.relative_to(directory).as_posix(), recursive=False, filter=_anonymous)
                 count += not path.is_dir()
     except OSError as error:
@@ -39,17 +43,25 @@ def pack(directory: Path, archive: IO[bytes]) -> int:
     return count
 
 
-def _require_entry_point(directory: Path) -> None:
+def _has_entry_point(directory: Path) -> bool:
     try:
         names = {path.name.lower() for path in directory.iterdir()}
     except OSError as error:
         raise Failure(
             "unreadable", f"{directory} cannot be read ({error.strerror}); name an app's directory."
         ) from error
-    if "app.r" not in names and not {"server.r", "ui.r"} <= names:
-        raise Failure(
-            "no_entry_point", f"{directory} has neither app.R nor server.R and ui.R; name an app's directory."
-        )
+    return "app.r" in names or {"server.r", "ui.r"} <= names
+
+
+def _directory_below(directory: Path, ignored: tuple[str, ...]) -> Path:
+    """Return the one directory that holds the app, as the server finds it: what is left out is not there."""
+    match list(_entries(directory, {directory}, ignored)):
+        case [only] if only.is_dir() and not only.is_symlink() and _has_entry_point(only):
+            return only
+    where = "at its top or in the one directory that it holds"
+    raise Failure(
+        "no_entry_point", f"{directory} has neither app.R nor server.R and ui.R {where}; name an app's directory."
+    )
 
 
 def _own_patterns(directory: Path) -> list[str]:
@@ -62,14 +74,18 @@ def _own_patterns(directory: Path) -> list[str]:
     return [line.strip().strip("/") for line in lines if line.strip() and not line.startswith("#")]
 
 
-def _walk(root: Path, directory: Path, ignored: tuple[str, ...]) -> Iterator[Path]:
-    for path in sorted(directory.iterdir()):
-        relative = path.relative_to(root).as_posix()
-        if any(fnmatch.fnmatchcase(path.name, mask) or fnmatch.fnmatchcase(relative, mask) for mask in ignored):
-            continue
+def _walk(directory: Path, roots: set[Path], ignored: tuple[str, ...]) -> Iterator[Path]:
+    for path in _entries(directory, roots, ignored):
         yield path
         if path.is_dir() and not path.is_symlink():
-            yield from _walk(root, path, ignored)
+            yield from _walk(path, roots, ignored)
+
+
+def _entries(directory: Path, roots: set[Path], ignored: tuple[str, ...]) -> Iterator[Path]:
+    for path in sorted(directory.iterdir()):
+        names = [path.name, *(path.relative_to(root).as_posix() for root in roots if path.is_relative_to(root))]
+        if not any(fnmatch.fnmatchcase(name, mask) for name in names for mask in ignored):
+            yield path
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:

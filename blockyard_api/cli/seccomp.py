@@ -3,13 +3,13 @@
 With --outer: write the profile of a container that holds the whole installation.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from blockyard_api.cli.client import Failure
+from blockyard_api.cli.output import STANDARD_OUTPUT
 from blockyard_api.errors import BlockyardError
 from blockyard_api.hardening import seccomp
 from blockyard_api.hardening.placing import put
@@ -17,14 +17,13 @@ from blockyard_spawner.config import KEYS
 
 TARGET = Path(KEYS["process.seccomp_profile"].default)
 OUTER = TARGET.with_name("seccomp.json")
-PRINTED = Path("-")
 
 
 def install(
     context: typer.Context,
     target: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help=f"Where to put it; {TARGET}, or {OUTER} for --outer. '-' prints the latter."),
+        typer.Option(metavar="PATH", help=f"Where to put it; {TARGET}, or {OUTER} for --outer. '-' prints it."),
     ] = None,
     architecture: Annotated[
         str | None, typer.Option("--arch", help="Another machine's: x86_64 or aarch64; it is not tried out then.")
@@ -43,8 +42,8 @@ def install(
     output = context.find_root().obj.output
     if outer:
         profile, target = seccomp.outer(seccomp.read_policy(), seccomp.read_outer()), target or OUTER
-        if target == PRINTED:
-            sys.stdout.write(profile.decode())
+        if target == STANDARD_OUTPUT:
+            output.content(profile)
             return
         changed = _written(target, profile)
         words = f"give it to 'docker run --security-opt seccomp={target}'" if changed else "unchanged"
@@ -57,9 +56,16 @@ def install(
             seccomp.try_out(program)
     except BlockyardError as error:
         raise Failure(error.code, error.message) from error
+    if target == STANDARD_OUTPUT:
+        output.content(program)
+        return
     changed = _written(target, program)
     told = f"{target}: {len(program) // 8} instructions for {chosen}{', tried out' if tried else ''}"
-    words = "restart blockyard-spawner to use it" if changed else "unchanged"
+    words = "restart blockyard-spawner to use it"
+    if target != TARGET:
+        words = "for the spawner to use it, name it as process.seccomp_profile and restart blockyard-spawner"
+    if not changed:
+        words = "unchanged"
     record = {"target": str(target), "architecture": chosen, "changed": changed, "tried": tried, "bytes": len(program)}
     output.result(record, f"{told}; {words}.")
 

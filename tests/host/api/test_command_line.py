@@ -153,6 +153,11 @@ def test_a_server_that_is_not_there_is_said_so_with_the_next_step(stranger):
     assert json.loads(stranger.by("--json", "list", "--server", "http://127.0.0.1:9", status=1).stderr)["error"]
 
 
+def test_the_apps_address_is_told_from_the_servers(pair, shell):
+    for command in (["list"], ["get", "hello"], ["admin", "status"]):
+        assert "where visitors reach apps" in shell.by(*command, "--server", pair.relay_origin, status=1).stderr
+
+
 def test_a_server_that_is_something_else_is_said_so(stranger):
     class Other(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -210,14 +215,14 @@ def test_one_command_brings_a_directory_to_a_page(pair, shell):
 
 def test_an_archive_and_the_default_name_work_as_well(pair, shell, tmp_path):
     (tmp_path / "My App.tar.gz").write_bytes(archive(simple_app()))
-    result = shell.json("deploy", "My App.tar.gz", "--yes", "--wait")
+    result = shell.json("deploy", "My App.tar.gz", "--yes")
     assert result["app"] == "my-app"
     assert result["status"] == "completed"
     assert shell.json("get", "my-app")["active_bundle"] == result["bundle_id"]
 
 
 def test_without_waiting_a_deployment_is_said_to_be_under_way(shell, bundle):
-    result = shell.json("deploy", bundle("later"), "--yes")
+    result = shell.json("deploy", bundle("later"), "--yes", "--no-wait")
     assert result["status"] == "running"
     assert result["task_id"]
 
@@ -232,15 +237,30 @@ def test_a_new_app_is_made_only_with_consent(shell, bundle):
     shell.by("get", "consent", status=1)
     status, shown = shell.on_terminal("deploy", "consent", question="create it?", answer=b"y\n")
     assert status == 0, shown
-    assert "serves this bundle" in shown  # on a terminal it waits by itself
+    assert "serves this bundle" in shown
     assert "Uploading" in shown
 
 
 def test_a_bundle_that_the_server_refuses_fails_the_command_with_its_reason(shell, tmp_path):
     (tmp_path / "bad.tar.gz").write_bytes(archive({"notes.txt": "x"}))
-    done = shell.by("deploy", "bad.tar.gz", "--yes", "--wait", status=1)
-    assert "Put app.R" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("Error: The deployment failed")
+    done = shell.by("deploy", "bad.tar.gz", "--yes", status=1)
+    assert done.stderr.splitlines()[-1].startswith("Error: The deployment failed: Put app.R")
+
+
+def test_a_first_deployment_that_fails_leaves_no_app_and_a_later_one_leaves_it_as_it_is(shell, bundle, tmp_path):
+    (tmp_path / "bad.tar.gz").write_bytes(archive({"notes.txt": "x"}))
+    assert "'second' is removed again" in shell.by("deploy", "bad.tar.gz", "--name", "second", "--yes", status=1).stderr
+    shell.by("get", "second", status=1)
+    good = shell.json("deploy", bundle("second"), "--yes")["bundle_id"]
+    shell.by("deploy", "bad.tar.gz", "--name", "second", status=1)
+    assert shell.json("get", "second")["active_bundle"] == good
+
+
+def test_an_app_below_one_directory_is_served(pair, shell, bundle):
+    bundle("outer/inner")
+    assert shell.json("deploy", "outer", "--yes")["status"] == "completed"
+    shell.by("update", "outer", "--access", "public")
+    assert "plain page" in pair.visitor().get("/app/outer/").text
 
 
 @pytest.mark.parametrize("path", ["absent", "empty"])
@@ -256,24 +276,25 @@ def test_a_bundle_that_is_larger_than_the_server_takes_is_refused_with_the_serve
     (tmp_path / "large").mkdir()
     (tmp_path / "large/app.R").write_text("")
     (tmp_path / "large/data").write_bytes(os.urandom(8 << 20))
-    done = shell.by("deploy", "large", "--yes", "--wait", "--json", status=1)
-    assert json.loads(done.stderr.splitlines()[-1])["error"] == "bundle_too_large"
+    done = shell.by("deploy", "large", "--yes", "--json", status=1)
+    assert json.loads(done.stderr)["error"] == "bundle_too_large"
+    shell.by("get", "large", status=1)
 
 
 def test_bundles_are_listed_and_rolled_back_and_forth(shell, bundle):
-    first = shell.json("deploy", bundle("rolling"), "--yes", "--wait")["bundle_id"]
-    second = shell.json("deploy", "rolling", "--wait")["bundle_id"]
+    first = shell.json("deploy", bundle("rolling"), "--yes")["bundle_id"]
+    second = shell.json("deploy", "rolling")["bundle_id"]
     listed = shell.json("bundles", "rolling")["bundles"]
     assert [one["id"] for one in listed] == [second, first]
     assert shell.json("rollback", "rolling")["active_bundle"] == first
-    assert second in shell.by("rollback", "rolling", second).stdout
+    assert second in shell.by("rollback", "rolling", second[:12]).stdout
     table = shell.by("bundles", "rolling").stdout.splitlines()
     assert [line.split()[2] for line in table] == ["ACTIVE", "yes", "no"]
     assert "Error: " in shell.by("rollback", "rolling", "no-such-bundle", status=1).stderr
 
 
 def test_settings_are_changed_and_taken_back(shell, bundle):
-    shell.by("deploy", bundle("settings"), "--yes", "--wait")
+    shell.by("deploy", bundle("settings"), "--yes")
     changed = shell.json(
         "update", "settings", "--title", "A {title}", "--description", "What for", "--access", "logged_in",
         "--memory", "512m", "--cpu", "0.5", "--max-workers", "3", "--sessions-per-worker", "2", "--pre-warmed", "0",
@@ -297,12 +318,13 @@ def test_settings_are_changed_and_taken_back(shell, bundle):
         shell.json("scale", "settings", "--max-workers", "2", "--sessions-per-worker", "4")["max_workers_per_app"] == 2
     )
     assert "'settings-2' is changed" in shell.by("update", "settings", "--name", "settings-2").stdout
-    assert "Error: " in shell.by("update", "settings-2", "--memory", "-512m", status=1).stderr
-    assert "Error: " in shell.by("update", "settings-2", "--access", "everybody", status=1).stderr
+    assert "Error: " in shell.by("update", "settings-2", "--memory", "-512m", status=2).stderr
+    assert "'--cpu'" in shell.by("update", "settings-2", "--cpu", "0", status=2).stderr
+    assert "'--title'" in shell.by("update", "settings-2", "--title", "two\nlines", status=2).stderr
 
 
 def test_an_app_is_switched_off_and_on_and_deleted(pair, shell, bundle):
-    shell.by("deploy", bundle("switched"), "--yes", "--wait")
+    shell.by("deploy", bundle("switched"), "--yes")
     shell.by("update", "switched", "--access", "public")
     assert "by enable switched" in shell.by("disable", "switched").stdout
     assert pair.visitor().get("/app/switched/").status_code == 503
@@ -314,7 +336,7 @@ def test_an_app_is_switched_off_and_on_and_deleted(pair, shell, bundle):
 
 
 def test_apps_are_listed_for_people_and_for_programs(shell, bundle):
-    shell.by("deploy", bundle("listed-one"), "--yes", "--wait")
+    shell.by("deploy", bundle("listed-one"), "--yes")
     shell.by("update", "listed-one", "--title", "\u202eodd [bold]title[/bold]")
     found = shell.json("list", "--search", "listed-one")["apps"]
     assert [one["name"] for one in found] == ["listed-one"]
@@ -322,11 +344,11 @@ def test_apps_are_listed_for_people_and_for_programs(shell, bundle):
     assert heading.split()[:2] == ["NAME", "STATUS"]
     assert row.startswith("listed-one ")
     assert "\\x202eodd [bold]title[/bold]" in row
-    assert "There are no apps" in shell.by("list", "--search", "no such app anywhere").stderr
+    assert "No app has 'no such app anywhere'" in shell.by("list", "--search", "no such app anywhere").stderr
 
 
 def test_an_app_is_shown_with_what_runs(pair, shell):
-    shell.by("deploy", str(HELLO), "--name", "shown", "--yes", "--wait")
+    shell.by("deploy", str(HELLO), "--name", "shown", "--yes")
     shell.by("update", "shown", "--access", "public")
     assert "No worker has run yet" in shell.by("get", "shown", "--runtime").stderr
     pair.visitor().get("/app/shown/")
@@ -341,13 +363,13 @@ message("loud \\033]0;title\\007 one")
 
 
 def test_a_log_is_raw_in_a_pipe_and_harmless_on_a_terminal(pair, shell, bundle):
-    shell.by("deploy", bundle("loud", simple_app(LOUD)), "--yes", "--wait")
+    shell.by("deploy", bundle("loud", simple_app(LOUD)), "--yes")
     assert "has written nothing yet" in shell.by("logs", "loud").stderr
     shell.by("update", "loud", "--access", "public")
     pair.visitor().get("/app/loud/")
     worker = shell.json("get", "loud", "--runtime")["runtime"]["workers"][0]["id"]
     wait_for(lambda: "one" in shell.by("logs", "loud").stdout, what="the app's message")
-    assert "loud \x1b]0;title\x07 one\n" in shell.by("logs", "loud", "-w", worker).stdout
+    assert "loud \x1b]0;title\x07 one\n" in shell.by("logs", "loud", "-w", worker[:4]).stdout
     status, shown = shell.on_terminal("logs", "loud")
     assert status == 0
     assert "loud \\x1b]0;title\\x07 one" in shown
@@ -358,7 +380,7 @@ def test_a_log_is_raw_in_a_pipe_and_harmless_on_a_terminal(pair, shell, bundle):
 
 
 def test_a_followed_log_shows_what_comes_and_ends_quietly_on_an_interrupt(pair, shell):
-    shell.by("deploy", str(HELLO), "--name", "followed", "--yes", "--wait")
+    shell.by("deploy", str(HELLO), "--name", "followed", "--yes")
     shell.by("update", "followed", "--access", "public")
     visitor = pair.visitor()
     visitor.get("/app/followed/")
@@ -382,7 +404,7 @@ def test_a_followed_log_shows_what_comes_and_ends_quietly_on_an_interrupt(pair, 
 
 
 def test_an_interrupted_question_is_status_130_and_changes_nothing(shell, bundle):
-    shell.by("deploy", bundle("asked"), "--yes", "--wait")
+    shell.by("deploy", bundle("asked"), "--yes")
     status, shown = shell.on_terminal("delete", "asked", question="Delete", answer=b"\x03")
     assert status == 130
     assert "Traceback" not in shown

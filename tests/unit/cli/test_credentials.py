@@ -83,3 +83,14 @@ def test_a_broken_login_names_the_file_and_the_remedy(home: Path, content: str) 
     path.write_text(content)
     with pytest.raises(Failure, match=r"by login|address"):
         load()
+
+
+def test_an_empty_variable_hides_no_login() -> None:
+    save(Credentials(HERE, "by_stored"))
+    assert resolve(None, None, {"BLOCKYARD_URL": "", "BLOCKYARD_TOKEN": ""}) == Credentials(HERE, "by_stored")
+
+
+def test_which_server_a_login_is_for_is_known_where_it_is_of_no_use() -> None:
+    save(Credentials(HERE, "by_stored"))
+    assert resolve("http://localhost:8080", None, {}) == Credentials("http://localhost:8080", None, elsewhere=HERE)
+    assert resolve("http://localhost:8080", "by_other", {}).elsewhere is None

@@ -79,5 +79,18 @@ def test_a_configuration_that_is_wrong_is_one_sentence(tmp_path, text, words):
     assert failed.stdout == ""
 
 
+def test_a_configuration_that_is_named_and_not_there_is_wrong_use(tmp_path):
+    for option in ((), ("--apply-with",)):
+        failed = by("admin", "firewall", "--config", str(tmp_path / "absent.toml"), *option, status=2)
+        assert "absent.toml" in failed.stderr
+        assert failed.stdout == ""
+
+
+def test_what_has_no_address_is_a_warning_in_json_and_nothing_beside_it(config):
+    printed = by("admin", "firewall", "--config", config, "--json")
+    assert "vault.invalid has no address now" in json.loads(printed.stdout)["warnings"][0]
+    assert printed.stderr == ""
+
+
 def test_a_tool_that_it_does_not_know_is_wrong_use():
     assert "nft-cgroup" in by("admin", "firewall", "--format", "pf", status=2).stderr

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from blockyard_api.hardening import seccomp
+from blockyard_api.hardening import apparmor, seccomp
 
 BY = Path(sys.executable).with_name("by")
 
 
-def by(*arguments, **options):
+def by(*arguments, cwd="/", text=True, **options):
     return subprocess.run(
         [BY, "admin", "install-seccomp", *map(str, arguments)],
-        capture_output=True, text=True, timeout=60, check=False, cwd="/", **options,
+        capture_output=True, text=text, timeout=60, check=False, cwd=cwd, **options,
     )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def test_the_filter_is_put_where_it_is_wanted_readable_by_all(tmp_path, program)
     done = by("--target", target)
     assert done.returncode == 0, done.stderr
     assert f"{target}: {len(program) // 8} instructions for {seccomp.native()}, tried out" in done.stdout
-    assert "restart blockyard-spawner" in done.stdout
+    assert "name it as process.seccomp_profile and restart blockyard-spawner" in done.stdout
     assert target.read_bytes() == program
     assert stat.S_IMODE(target.stat().st_mode) == 0o644
 
@@ -100,3 +100,17 @@ def test_the_profile_of_a_container_names_a_condition_as_the_policy_does(tmp_pat
     assert pairs["args"] == [{"index": 0, "value": 0xFFFFFFFF, "valueTwo": 1, "op": "SCMP_CMP_MASKED_EQ"}]
     assert {rule["errnoRet"] for rule in rules if rule["action"] == "SCMP_ACT_ERRNO"} == {errno.ENOSYS}
     assert [rule["args"] for rule in rules if "clone" in rule["names"]] == [[]]
+
+
+def test_a_dash_is_standard_output_for_the_filter_too(tmp_path, program):
+    assert by("--target", "-", cwd=tmp_path, text=False).stdout == program
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dash_is_standard_output_for_the_apparmor_profile_too(tmp_path):
+    done = subprocess.run(
+        [BY, "admin", "install-apparmor", "--target", "-"],
+        capture_output=True, timeout=60, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout == apparmor.POLICY.read_bytes()
+    assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from blockyard_api.cli.client import Failure
 from blockyard_api.cli.output import Output, harmless, size
 
 
@@ -83,9 +84,48 @@ def test_a_failure_is_one_sentence_or_one_json_object_on_standard_error(capsys: 
     assert json.loads(second) == {"error": "not_found", "message": "There is no such app."}
 
 
-def test_where_nobody_can_answer_a_question_is_a_no_that_says_how(capsys: pytest.CaptureFixture[str]) -> None:
-    assert Output(as_json=False).confirm("Delete?", "Add --yes to delete.") is False
-    assert capsys.readouterr().err == "Add --yes to delete.\n"
+def test_where_nobody_can_answer_a_question_the_refusal_says_how() -> None:
+    with pytest.raises(Failure, match="Add --yes to delete"):
+        Output(as_json=False).confirm("Delete?", "Add --yes to delete.")
+
+
+def test_json_is_wanted_by_programs_which_are_asked_nothing_and_told_nothing_beside_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    output = Output(as_json=True)
+    output.note("Packed 1 file.")
+    with pytest.raises(Failure, match="Add --yes"):
+        output.confirm("Delete?", "Add --yes to delete.")
+    assert sys.stderr.getvalue() == ""
+    assert Output(as_json=False).interactive
+
+
+WORKER = "0123456789abcdef0123456789abcdef"
+ROW = [WORKER, "ended; the worker used more than 512 MB of memory", WORKER, "2026-01-02T03:04:05.678Z"]
+
+
+def test_a_terminal_of_80_columns_shows_what_identifies_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    use = "2 visitors, 31 % CPU, 123.4 MB of 512.0 MB"
+    headings = ("worker", "status", "bundle", "started", "use")
+    Output(as_json=False).table(None, headings, [[*ROW, use]], empty="none", ids={"worker", "bundle"})
+    shown = screen.getvalue()
+    assert shown.count("0123456789ab ") == 2
+    assert "0123456789abc" not in shown
+    assert "2026-01-02" in shown
+    assert "03:04:05Z" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_pipe_has_ids_and_times_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(as_json=False).table(None, ("worker", "status", "bundle", "at"), [ROW], empty="none", ids={"worker"})
+    assert capsys.readouterr().out.splitlines()[1].split("  ")[0] == WORKER
+    Output(as_json=False).table(None, ("at",), [[ROW[3]]], empty="none")
+    assert ROW[3] in capsys.readouterr().out
 
 
 def test_colour_is_off_where_no_color_asks_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_a_link_to_a_directory_is_packed_as_a_link_and_not_walked(tmp_path: Path
     assert names(packed(tmp_path)[1]) == {"app.R", "loop"}
 
 
-@pytest.mark.parametrize("present", [("notes.txt",), ("server.R",), ("sub/app.R",)])
+@pytest.mark.parametrize("present", [("notes.txt",), ("server.R",), ("sub/app.R", "notes.txt"), ("a/b/app.R",)])
 def test_a_directory_that_is_no_app_is_refused_before_anything_is_sent(
     tmp_path: Path, present: tuple[str, ...]
 ) -> None:
@@ -87,3 +87,19 @@ def test_a_byignore_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / ".byignore").write_bytes(b"\xff\xfe")
     with pytest.raises(Failure, match=r"\.byignore cannot be read"):
         packed(tmp_path)
+
+
+def test_an_app_below_one_directory_is_packed_as_if_it_were_at_the_top(tmp_path: Path) -> None:
+    left = {".git/config", "inner/renv/library/x", "inner/secret.csv", "inner/raw/big.csv", "inner/own/big.csv"}
+    directory(tmp_path, "inner/app.R", "inner/R/x.R", *left)
+    (tmp_path / ".byignore").write_text("secret.csv\ninner/raw\n")
+    (tmp_path / "inner/.byignore").write_text("own/big.csv\n")
+    assert names(packed(tmp_path)[1]) == {"inner/app.R", "inner/R/x.R"}
+
+
+def test_a_link_to_an_app_is_not_the_one_directory_that_holds_it(tmp_path: Path) -> None:
+    directory(tmp_path / "elsewhere", "app.R")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/app").symlink_to("../elsewhere")
+    with pytest.raises(Failure, match=r"neither app\.R nor"):
+        packed(tmp_path / "source")
