@@ -77,9 +77,9 @@ class Engine:
         """Send a signal to a container's first process."""
         await self._ask("POST", f"containers/{container}/kill", signal=name)
 
-    async def wait(self, container: str) -> None:
-        """Wait until a container does not run."""
-        await self._ask("POST", f"containers/{container}/wait")
+    async def wait(self, container: str, within: float = _WITHIN) -> None:
+        """Wait until a container does not run, for so many seconds."""
+        await self._ask("POST", f"containers/{container}/wait", within=within)
 
     async def containers(self, *labels: str) -> list[dict[str, Any]]:
         """List the containers, running or not, that have all of these labels."""
@@ -141,12 +141,17 @@ class Engine:
                     yield _subject(line)
                 held = held[:_LONGEST]  # of a longer one not even the rest is kept: it is none
 
-    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: str) -> Any:  # noqa: ANN401 - JSON
-        with self._asking():
-            async with asyncio.timeout(_WITHIN):
+    async def _ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, within: float = _WITHIN, **query: str
+    ) -> Any:  # noqa: ANN401 - JSON
+        bound = aiohttp.ClientTimeout(total=within)
+        with self._asking(within):
+            async with asyncio.timeout(within):
                 await self._docker._check_version()  # the library has no other name for it
                 address = f"{self._docker.docker_host}/{self._docker.api_version}/{path}"
-                async with self._docker.session.request(method, address, json=body, params=query) as answer:
+                async with self._docker.session.request(
+                    method, address, json=body, params=query, timeout=bound
+                ) as answer:
                     return await _content(answer)
 
     @contextlib.asynccontextmanager
@@ -162,11 +167,11 @@ class Engine:
                 yield answer.content
 
     @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
+    def _asking(self, within: float = _WITHIN) -> Iterator[None]:
         try:
             yield
         except TimeoutError as error:
-            raise Refused("docker_slow", f"See to the container engine: no answer within {_WITHIN:.0f} s.") from error
+            raise Refused("docker_slow", f"See to the container engine: no answer within {within:.0f} s.") from error
         except (DockerError, aiohttp.ClientError, asyncio.IncompleteReadError) as error:
             if isinstance(error, DockerError) and error.status != _NO_CONNECTION:
                 raise EngineRefused(error.status, error.message) from error
@@ -266,7 +271,7 @@ async def _content(answer: aiohttp.ClientResponse) -> Any:  # noqa: ANN401 - JSO
     with contextlib.suppress(ValueError):
         found = json.loads(text) if text else None
         if answer.status >= 400:
-            raise EngineRefused(answer.status, str(found["message"] if isinstance(found, dict) else text))
+            raise EngineRefused(answer.status, str(found.get("message", text) if isinstance(found, dict) else text))
         return found
     raise EngineRefused(answer.status, text)
 

@@ -29,6 +29,7 @@ _AT_ONCE = 8  # starts that the engine is asked for at the same time
 _DRAIN_WITHIN = 5.0  # seconds that the API has to read what an ended worker wrote
 _RETRY, _RETRY_AT_MOST = 1.0, 5.0  # seconds
 _LOOKS, _LOOK_AFTER = 20, 0.1  # how often, and after how many seconds, a process that has gone is looked for
+_SWEPT_WITHIN = 65.0  # seconds: longer than a sweep takes, or the next one would begin where it began
 _STEP = 256  # files of a worker's that are removed in one turn of the loop: it may have made a million
 _LOOK_AGAIN = (1.0, 4.0, 15.0, 60.0)  # seconds
 _DOUBTFUL = ("docker_slow", "docker_unreachable")
@@ -304,7 +305,9 @@ class Containers:
         kills = int(worker.id in self._oom or bool(state.get("OOMKilled")))
         result = outcome(state.get("ExitCode"), None, kills, stopped=worker.state == "stopping")
         if result["status"] == container.SWAPPED:
-            worker.audit("refusal", "source_swapped", "was given a mount that is not what was checked")
+            # The app itself can end like this, too: what it does cannot be told from what ran before it.
+            told = "ended as one does that was given a mount that is not what was checked"
+            worker.audit("refusal", "source_swapped", told)
         await self._clear(worker)
         _close(worker.pidfd)
         worker.pidfd, worker.result, worker.state = -1, result, "ended"
@@ -389,7 +392,7 @@ class Containers:
             sweeper = await self._engine.create(f"blockyard-sweep-{name}", container.sweeping(self.config, name))
             try:
                 await self._engine.start(sweeper)
-                await self._engine.wait(sweeper)
+                await self._engine.wait(sweeper, _SWEPT_WITHIN)
             finally:
                 await self._engine.remove(sweeper)
         os.rmdir(directory)

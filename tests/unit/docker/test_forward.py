@@ -66,13 +66,14 @@ async def engine(tmp_path):
         [
             web.get("/version", keeping.version),
             web.get("/{version}/containers/some/logs", keeping.logs),
-            web.get("/{version}/{other:.*}", keeping.answered),
+            web.route("*", "/{version}/{other:.*}", keeping.answered),
         ]
     )
     runner = web.AppRunner(application)
     await runner.setup()
     path = str(tmp_path / "docker.sock")
     await web.UnixSite(runner, path).start()
+    keeping.path = path
     async with connected(path) as keeping.connection:
         yield keeping
     await runner.cleanup()
@@ -390,6 +391,27 @@ async def test_an_answer_without_end_is_given_up(engine, monkeypatch):
         await engine.connection.containers("label")
     assert refusal.value.code == "docker_refused"
     await ended.wait()
+
+
+async def test_an_error_without_a_message_is_told_as_it_came(engine):
+    async def error(request):
+        return web.json_response({"cause": "full"}, status=500)
+
+    engine.answer = error
+    with pytest.raises(Refused, match="full") as refusal:
+        await engine.connection.containers("label")
+    assert refusal.value.code == "docker_refused"
+
+
+async def test_the_end_of_a_container_can_be_waited_for_longer_than_any_answer(engine, monkeypatch):
+    async def ended(request):
+        await asyncio.sleep(1.5)
+        return web.json_response({"StatusCode": 0})
+
+    engine.answer = ended
+    monkeypatch.setattr(engine_module, "_WITHIN", 1)
+    async with connected(engine.path) as hasty:
+        await hasty.wait("some", within=60)
 
 
 async def test_an_event_that_makes_no_sense_is_nobodys(engine):

@@ -2,13 +2,14 @@
 
 import asyncio
 import os
+import re
 import select
 import subprocess
 
 import pytest
 
 from blockyard_spawner import config as base
-from blockyard_spawner.docker import config
+from blockyard_spawner.docker import config, container
 from blockyard_spawner.docker import workers as module
 from blockyard_spawner.docker.keeping import Keeper
 from blockyard_spawner.docker.workers import Containers
@@ -29,6 +30,15 @@ class Engine:
     async def show(self, container):
         self.asked += 1
         return {"State": self.state}
+
+    async def create(self, name, description):
+        return "sweeper"
+
+    async def start(self, container):
+        pass
+
+    async def wait(self, container, within=10):
+        self.waited = within
 
     async def remove(self, container):
         if self.away:
@@ -97,6 +107,15 @@ async def test_the_loop_turns_while_the_many_files_of_a_worker_are_removed(conta
         turns += 1
     assert not directory.exists()
     assert turns >= 3000 // 256
+
+
+async def test_a_sweep_is_waited_for_until_its_own_end(engine, containers, tmp_path):
+    (tmp_path / "worker0001" / "some" / "thing").mkdir(parents=True)
+    with pytest.raises(OSError, match="not empty"):
+        await containers._remove_directory("worker0001")
+    bounds = [int(grace) + int(limit) for grace, limit in re.findall(r"timeout -k(\d+) (\d+)", container._SWEEP)]
+    assert len(bounds) == 2
+    assert engine.waited > sum(bounds)
 
 
 async def test_an_engine_that_is_away_is_told_once_for_each_worker_that_waits_for_it(
