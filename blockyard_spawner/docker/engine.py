@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import re
 import struct
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import datetime
 from typing import Any
@@ -19,6 +21,11 @@ _WITHIN = 10.0  # seconds for one call: a start takes less than one
 _NO_CONNECTION = 900  # aiodocker's number for it
 _HEADER = struct.Struct(">BxxxL")  # of a frame of output: which stream, how long
 _ITS_OWN = 3  # the stream in which the engine tells what went wrong with the others, without a time
+_AT_ONCE = 32 << 10  # bytes of output that are taken in one piece of work: a few milliseconds of it
+_LONGEST = 1 << 20  # bytes of a frame that are kept: the engines that we know cut an app's lines into far less
+_LARGEST = 64 << 20  # bytes of an answer: thousands of containers are described in a tenth of it
+_OWED = 0.001  # seconds that may be left for later: the loop has no shorter pauses
+_TIME = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d) ")
 
 
 class EngineRefused(Refused):
@@ -33,7 +40,7 @@ class Engine:
     """One engine: Docker, or Podman's service of the same interface."""
 
     def __init__(self, docker: Docker, path: str) -> None:
-        self._docker, self._path = docker, path
+        self._docker, self._path, self.turns = docker, path, Turns()
 
     async def info(self) -> dict[str, Any]:
         """Describe the engine: its runtimes, what limits it can set, which log drivers it has."""
@@ -70,9 +77,9 @@ class Engine:
         """Send a signal to a container's first process."""
         await self._ask("POST", f"containers/{container}/kill", signal=name)
 
-    async def wait(self, container: str) -> None:
-        """Wait until a container does not run."""
-        await self._ask("POST", f"containers/{container}/wait")
+    async def wait(self, container: str, within: float = _WITHIN) -> None:
+        """Wait until a container does not run, for so many seconds."""
+        await self._ask("POST", f"containers/{container}/wait", within=within)
 
     async def containers(self, *labels: str) -> list[dict[str, Any]]:
         """List the containers, running or not, that have all of these labels."""
@@ -116,35 +123,35 @@ class Engine:
                     await self._ask("POST", f"networks/{network}/disconnect", parting)
             await self._ask("DELETE", f"networks/{network}")
 
-    async def output(self, container: str, since: str) -> AsyncIterator[tuple[str, bytes]]:
-        """Yield what a container writes, from a time on until it ends, each piece with its time.
-
-        Times are ``seconds.nanoseconds``, and compare as text until the year 2286.
-        """
+    @contextlib.asynccontextmanager
+    async def output(self, container: str, since: str) -> AsyncIterator["Output"]:
+        """Read what a container writes, from a time on until it ends."""
         asked = {"stdout": "1", "stderr": "1", "follow": "1", "timestamps": "1", "since": since}
         async with self._stream(f"containers/{container}/logs", asked) as content:
-            while header := await content.read(_HEADER.size):
-                if len(header) < _HEADER.size:
-                    header += await content.readexactly(_HEADER.size - len(header))
-                stream, length = _HEADER.unpack(header)
-                moment, _, data = (await content.readexactly(length)).partition(b" ")
-                if stream != _ITS_OWN and (known := _instant(moment.decode(errors="replace"))):
-                    yield known, data
+            yield Output(content)
 
     async def events(self, event: str, label: str) -> AsyncIterator[str]:
         """Yield the ids of containers with this label to which an event happens."""
         filters = json.dumps({"event": [event], "label": [label], "type": ["container"]})
         async with self._stream("events", {"filters": filters}) as content:
-            while line := await content.readline():
-                happened = json.loads(line)
-                yield str(happened.get("id") or happened["Actor"]["ID"])
+            held = b""
+            while data := await content.readany():
+                *lines, held = (held + data).split(b"\n")
+                for line in lines:
+                    yield _subject(line)
+                held = held[:_LONGEST]  # of a longer one not even the rest is kept: it is none
 
-    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: str) -> Any:  # noqa: ANN401 - JSON
-        with self._asking():
-            async with asyncio.timeout(_WITHIN):
+    async def _ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, within: float = _WITHIN, **query: str
+    ) -> Any:  # noqa: ANN401 - JSON
+        bound = aiohttp.ClientTimeout(total=within)
+        with self._asking(within):
+            async with asyncio.timeout(within):
                 await self._docker._check_version()  # the library has no other name for it
                 address = f"{self._docker.docker_host}/{self._docker.api_version}/{path}"
-                async with self._docker.session.request(method, address, json=body, params=query) as answer:
+                async with self._docker.session.request(
+                    method, address, json=body, params=query, timeout=bound
+                ) as answer:
                     return await _content(answer)
 
     @contextlib.asynccontextmanager
@@ -155,15 +162,16 @@ class Engine:
             address = f"{self._docker.docker_host}/{self._docker.api_version}/{path}"
             async with self._docker.session.get(address, params=query, timeout=unbounded) as answer:
                 if answer.status >= 400:
-                    await _content(answer)
+                    async with asyncio.timeout(_WITHIN):
+                        await _content(answer)
                 yield answer.content
 
     @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
+    def _asking(self, within: float = _WITHIN) -> Iterator[None]:
         try:
             yield
         except TimeoutError as error:
-            raise Refused("docker_slow", f"See to the container engine: no answer within {_WITHIN:.0f} s.") from error
+            raise Refused("docker_slow", f"See to the container engine: no answer within {within:.0f} s.") from error
         except (DockerError, aiohttp.ClientError, asyncio.IncompleteReadError) as error:
             if isinstance(error, DockerError) and error.status != _NO_CONNECTION:
                 raise EngineRefused(error.status, error.message) from error
@@ -174,6 +182,70 @@ class Engine:
                 raise Refused("docker_denied", f"{advice} and restart blockyard-spawner-docker.") from error
             why = getattr(reason, "strerror", None) or "it hung up"
             raise Refused("docker_unreachable", f"Start the container engine: {self._path}: {why}.") from error
+
+
+class Turns:
+    """Whoever has a container's output to move does it in turn, and then leaves the loop to others for as long.
+
+    So what all of them write, however much and however many they are, takes half of the loop's time at most, and what
+    else there is to do waits for one piece of that work.
+    """
+
+    def __init__(self) -> None:
+        self._one_by_one, self._owed = asyncio.Lock(), 0.0
+
+    @contextlib.asynccontextmanager
+    async def take(self) -> AsyncIterator[None]:
+        """Do some work, without waiting for anything, when it is one's turn."""
+        async with self._one_by_one:
+            began = time.monotonic()
+            yield
+            self._owed += time.monotonic() - began
+            if self._owed > _OWED:
+                pause, self._owed = self._owed, 0.0
+                await asyncio.sleep(pause)
+
+
+class Output:
+    """What a container writes, as the engine sends it: frames, as many of them in a packet as there are."""
+
+    def __init__(self, content: aiohttp.StreamReader) -> None:
+        self._content, self._held, self._surplus = content, b"", 0
+
+    async def more(self, patience: float | None) -> bool:
+        """Wait for something to take apart, or for so many seconds; False at the end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                data = await self._content.read(_AT_ONCE)
+            if not data and self._held:
+                raise asyncio.IncompleteReadError(self._held, None)
+            self._held += data
+            return bool(data)
+        return True
+
+    def pieces(self) -> list[tuple[str, bytes]]:
+        """Return what has come, each piece with its time.
+
+        Times are ``seconds.nanoseconds``, and compare as text until the year 2286.
+        """
+        found, held, at = [], self._held, 0
+        while True:
+            skipped = min(self._surplus, len(held) - at)
+            at, self._surplus = at + skipped, self._surplus - skipped
+            if len(held) - at < _HEADER.size:
+                break
+            stream, length = _HEADER.unpack_from(held, at)
+            kept = min(length, _LONGEST)
+            end = at + _HEADER.size + kept
+            if end > len(held):
+                break
+            if stream != _ITS_OWN and (begin := _TIME.match(held, at + _HEADER.size, end)):
+                second, fraction, zone = begin.groups(b"0")
+                if (known := _second(second + zone)) is not None:
+                    found.append((f"{known}.{fraction.decode().ljust(9, '0')}", held[begin.end() : end]))
+            at, self._surplus = end, length - kept
+        self._held = held[at:]
+        return found
 
 
 @contextlib.asynccontextmanager
@@ -190,23 +262,36 @@ async def connected(path: str) -> AsyncIterator[Engine]:
 
 
 async def _content(answer: aiohttp.ClientResponse) -> Any:  # noqa: ANN401 - JSON
-    text = await answer.text(errors="replace")
+    body = bytearray()
+    async for data in answer.content.iter_any():
+        body += data
+        if len(body) > _LARGEST:
+            raise EngineRefused(answer.status, f"its answer is longer than {_LARGEST >> 20} MB")
+    text = body.decode(errors="replace")
     with contextlib.suppress(ValueError):
         found = json.loads(text) if text else None
         if answer.status >= 400:
-            raise EngineRefused(answer.status, str(found["message"] if isinstance(found, dict) else text))
+            raise EngineRefused(answer.status, str(found.get("message", text) if isinstance(found, dict) else text))
         return found
     raise EngineRefused(answer.status, text)
 
 
-def _instant(moment: str) -> str:
-    """Turn RFC 3339, up to nanoseconds and of any zone, into ``seconds.nanoseconds``; what is no time into nothing."""
+def _subject(event: bytes) -> str:
+    """Name the container that an event is about; "" where it does not say."""
     try:
-        whole = datetime.fromisoformat(moment)
-    except ValueError:
+        happened = json.loads(event)
+        return str(happened.get("id") or happened["Actor"]["ID"])
+    except (ValueError, LookupError, TypeError, AttributeError):
         return ""
-    fraction = re.search(r"\.(\d{1,9})", moment)
-    return f"{int(whole.timestamp())}.{fraction[1] if fraction else '':0<9}"
+
+
+@functools.lru_cache(maxsize=64)
+def _second(moment: bytes) -> int | None:
+    """Turn RFC 3339 without a fraction, of any zone, into seconds; what is no time into None. Many lines share one."""
+    try:
+        return int(datetime.fromisoformat(moment.decode()).timestamp())
+    except ValueError:
+        return None
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blockyard_spawner.docker import container
+from blockyard_spawner.docker.config import SUBNET
 from blockyard_spawner.docker.engine import Engine, EngineRefused
 from blockyard_spawner.protocol import Refused
 
@@ -24,13 +25,15 @@ class Networks:
 
     def adopt(self, networks: Iterable[Mapping[str, Any]]) -> None:
         """Take out what networks of the engine have already, ours or others'."""
+        pool: ipaddress.IPv4Network = self._config["docker.network_pool"]
+        free, taken = set(self.free), set()
         for network in networks:
-            for taken in _subnets_of(network):
-                inside = [part for part in self.free if ipaddress.ip_network(part).overlaps(taken)]
-                for part in inside:
-                    self.free.remove(part)
-                if len(inside) == 1 and ipaddress.ip_network(inside[0]) == taken:
-                    self._held[network["Id"]] = inside[0]
+            for subnet in _subnets_of(network):
+                parts = _parts(pool, subnet)
+                if parts == [str(subnet)] and parts[0] in free:
+                    self._held[network["Id"]] = parts[0]
+                taken.update(parts)
+        self.free = deque(part for part in self.free if part not in taken)
 
     def check_room(self) -> None:
         """Raise Refused ``network_pool_exhausted`` where no subnet is free."""
@@ -69,6 +72,16 @@ class Networks:
             raise Refused("no_service_network", message) from error
         for identity, sidecar in sidecars.items():
             await self._engine.connect(network, identity, sidecar["Name"])
+
+
+def _parts(pool: ipaddress.IPv4Network, subnet: ipaddress.IPv4Network) -> list[str]:
+    """Name the parts of the pool that a subnet takes. Counted, not searched: there may be thousands of both."""
+    if not subnet.overlaps(pool):
+        return []
+    within = max(pool, subnet, key=lambda one: one.prefixlen)
+    if within.prefixlen >= SUBNET:
+        return [str(within.supernet(new_prefix=SUBNET))]
+    return [str(part) for part in within.subnets(new_prefix=SUBNET)]
 
 
 def _subnets_of(network: Mapping[str, Any]) -> list[ipaddress.IPv4Network]:

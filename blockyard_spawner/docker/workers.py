@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blockyard_spawner import launch, policy
@@ -27,7 +27,10 @@ from blockyard_spawner.workers import Worker, outcome
 _SPAWN_WITHIN = 12.0  # seconds: less than the API waits for a reply
 _AT_ONCE = 8  # starts that the engine is asked for at the same time
 _DRAIN_WITHIN = 5.0  # seconds that the API has to read what an ended worker wrote
-_RETRY = 1.0  # seconds
+_RETRY, _RETRY_AT_MOST = 1.0, 5.0  # seconds
+_LOOKS, _LOOK_AFTER = 20, 0.1  # how often, and after how many seconds, a process that has gone is looked for
+_SWEPT_WITHIN = 65.0  # seconds: longer than a sweep takes, or the next one would begin where it began
+_STEP = 256  # files of a worker's that are removed in one turn of the loop: it may have made a million
 _LOOK_AGAIN = (1.0, 4.0, 15.0, 60.0)  # seconds
 _DOUBTFUL = ("docker_slow", "docker_unreachable")
 _ENDED_KEPT = 1024
@@ -234,24 +237,28 @@ class Containers:
     async def _meet(self, worker: Worker) -> bool:
         """Take hold of a started container's first process; False for one that was never started.
 
-        One that has ended already has no process: its descriptor is readable from the start, as an ended one's is.
+        One that has ended already has no process: its descriptor is readable from the start, as an ended one's is. So
+        is that of one whose process has gone where the engine does not come to notice.
         """
         identity, pid = self._containers[worker.id], 0
-        while True:
+        for _ in range(_LOOKS):
             state = (await self._engine.show(identity))["State"]
             if state["Status"] == "created":
                 return False
             if not state["Running"]:
-                _close(worker.pidfd)
-                worker.pid, worker.pidfd = 0, os.eventfd(1, os.EFD_CLOEXEC)
-                return True
+                break
             if state["Pid"] == pid and worker.pidfd >= 0:  # it ran before and after: the descriptor is of no other
                 worker.pid, worker.uid, worker.cgroup = pid, _uid(pid), _cgroup(pid)
                 return True
             _close(worker.pidfd)
             worker.pidfd, pid = -1, state["Pid"]
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 worker.pidfd = os.pidfd_open(pid)
+            except OSError:  # there is no such process, or 0 is none
+                await asyncio.sleep(_LOOK_AFTER)
+        _close(worker.pidfd)
+        worker.pid, worker.pidfd = 0, os.eventfd(1, os.EFD_CLOEXEC)
+        return True
 
     async def stop(self, worker: Worker, grace: float, peer: Mapping[str, object]) -> None:
         """Interrupt the app, after `grace` seconds kill what is left; return when everything is gone."""
@@ -298,7 +305,9 @@ class Containers:
         kills = int(worker.id in self._oom or bool(state.get("OOMKilled")))
         result = outcome(state.get("ExitCode"), None, kills, stopped=worker.state == "stopping")
         if result["status"] == container.SWAPPED:
-            worker.audit("refusal", "source_swapped", "was given a mount that is not what was checked")
+            # The app itself can end like this, too: what it does cannot be told from what ran before it.
+            told = "ended as one does that was given a mount that is not what was checked"
+            worker.audit("refusal", "source_swapped", told)
         await self._clear(worker)
         _close(worker.pidfd)
         worker.pidfd, worker.result, worker.state = -1, result, "ended"
@@ -339,6 +348,7 @@ class Containers:
 
     async def _clear(self, worker: Worker) -> None:
         """Remove everything of a worker, however long it takes; meanwhile its id and subnet rest."""
+        told, pause = "", _RETRY
         while True:
             try:
                 if worker.id in self._containers:
@@ -349,8 +359,11 @@ class Containers:
                     del self._networks[worker.id]
                 await self._remove_directory(worker.id)
             except (OSError, Refused) as error:
-                worker.audit("exit", "quarantined", f"cannot be cleared away yet: {error!r}")
-                await asyncio.sleep(_RETRY)
+                if repr(error) != told:  # an engine that is away for a night fills no journal
+                    worker.audit("exit", "quarantined", f"cannot be cleared away yet: {error!r}")
+                told = repr(error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _RETRY_AT_MOST)
             else:
                 return
 
@@ -369,16 +382,17 @@ class Containers:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{directory}.position")
         try:
-            entries = list(os.scandir(directory))
+            entries = os.scandir(directory)
         except FileNotFoundError:
             return
-        stubborn = [entry for entry in entries if not _removed(entry)]
+        with entries:
+            stubborn = not await _removed_all(entries)
         if stubborn:
             await self._engine.remove(f"blockyard-sweep-{name}")  # of an attempt whose end the engine did not tell
             sweeper = await self._engine.create(f"blockyard-sweep-{name}", container.sweeping(self.config, name))
             try:
                 await self._engine.start(sweeper)
-                await self._engine.wait(sweeper)
+                await self._engine.wait(sweeper, _SWEPT_WITHIN)
             finally:
                 await self._engine.remove(sweeper)
         os.rmdir(directory)
@@ -436,6 +450,16 @@ def _cgroup(pid: int) -> str:
 def _is_doubtful(failure: BaseException) -> bool:
     """Tell whether the engine may have done, or may still do, what was asked of it."""
     return isinstance(failure, Refused) and failure.code in _DOUBTFUL
+
+
+async def _removed_all(entries: Iterable[os.DirEntry[str]]) -> bool:
+    """Remove files and empty directories; False as soon as one cannot be."""
+    for number, entry in enumerate(entries, 1):
+        if not _removed(entry):
+            return False
+        if number % _STEP == 0:
+            await asyncio.sleep(0)
+    return True
 
 
 def _removed(entry: os.DirEntry[str]) -> bool:

@@ -400,6 +400,18 @@ def _tried(client, operation):
         return {}
 
 
+def test_a_flood_of_its_log_is_dropped_with_a_line_that_says_how_much_and_holds_up_no_other(docker):
+    client = started(docker)
+    chatty = docker.run_r(client, "chatty0001", "system(\"yes $(printf '%01000d' 0)\")")
+    chatty.wait_for_output("bytes were dropped")
+    worker = docker.spawn(client, "worker0001", docker.bundle("hello", EXAMPLES / "hello"))
+    assert worker.get().startswith("HTTP/1.1 200 OK")
+    for name in ("worker0001", "chatty0001"):
+        assert client.call("stop", id=name, grace=0)["result"]["reason"] == "stopped"
+    told = re.findall(r"^\[blockyard [0-9TZ:-]+\] at least (\d+) bytes were dropped", chatty.output(), re.MULTILINE)
+    assert all(int(number) >= 1000 for number in told)
+
+
 def test_the_log_goes_on_after_a_restart_of_the_helper_without_a_lost_or_a_doubled_line(docker):
     # The test stands for systemd, which keeps the pipe.
     manager = KeepingManager(docker)

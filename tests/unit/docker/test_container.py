@@ -1,5 +1,6 @@
 """A Docker worker as what the engine is told: a change of policy is a visible change of the golden file."""
 
+import ipaddress
 import json
 from collections import deque
 from pathlib import Path
@@ -103,3 +104,37 @@ def test_a_network_that_is_told_with_the_hosts_part_of_its_address_takes_its_sub
     networks = Networks(DEFAULTS, None)
     networks.adopt([{"Id": "bridge", "IPAM": {"Config": [{"Subnet": "10.213.0.17/16"}]}}])
     assert networks.free == deque()
+
+
+@pytest.mark.parametrize(
+    ("taken", "left"),
+    [
+        ("10.9.0.16/28", ["10.9.0.0/28", "10.9.0.32/28", "10.9.0.48/28"]),
+        ("10.9.0.24/29", ["10.9.0.0/28", "10.9.0.32/28", "10.9.0.48/28"]),
+        ("10.9.0.32/27", ["10.9.0.0/28", "10.9.0.16/28"]),
+        ("10.0.0.0/8", []),
+        ("10.9.1.0/24", ["10.9.0.0/28", "10.9.0.16/28", "10.9.0.32/28", "10.9.0.48/28"]),
+        ("fd00::/64", ["10.9.0.0/28", "10.9.0.16/28", "10.9.0.32/28", "10.9.0.48/28"]),
+    ],
+)
+async def test_what_a_network_takes_of_the_pool_no_worker_gets_and_a_workers_own_comes_back(taken, left):
+    class Engine:
+        async def remove_network(self, network):
+            pass
+
+    networks = Networks(DEFAULTS | {"docker.network_pool": config.pool("10.9.0.0/26")}, Engine())
+    for _ in range(2):  # as after an attempt in which the engine went away
+        networks.adopt([{"Id": "one", "IPAM": {"Config": [{"Subnet": taken}]}}])
+    assert list(networks.free) == left
+    await networks.remove("one")
+    assert len(networks.free) == len(left) + (taken == "10.9.0.16/28")
+
+
+def test_a_thousand_networks_are_adopted_without_a_search_through_the_pool_for_each(monkeypatch):
+    networks, parsed = Networks(DEFAULTS, None), []
+    read = ipaddress.ip_network
+    monkeypatch.setattr(ipaddress, "ip_network", lambda *args, **more: parsed.append(args) or read(*args, **more))
+    mine = [{"Id": str(number), "IPAM": {"Config": [{"Subnet": part}]}} for number, part in enumerate(networks.free)]
+    networks.adopt(mine[:1000])
+    assert len(networks.free) == 3096
+    assert len(parsed) <= 2000
