@@ -128,7 +128,7 @@ async def _serve(configured: Settings) -> list[Result]:
                 await asyncio.to_thread(_turn_away, sockets)
                 return failed
         await built.relay.listen(relayed)
-        api = server.server(built.control_plane, configured.server.shutdown_timeout)
+        api = server.server(built.control_plane, configured.server.shutdown_timeout, built.streams.stop)
         serving = loop.create_task(api.serve(sockets=[control]))
         watching = loop.create_task(_watchdog(manager))
         manager.say("READY=1")

@@ -1,9 +1,9 @@
 """Routes of apps: make, find, change, switch, delete, and look at what runs."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import fields
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
@@ -24,6 +24,16 @@ router = APIRouter(prefix="/api/v1/apps", tags=["apps"])
 
 _ENDED_SHOWN = 20
 _SAMPLE = 0.2  # seconds between the two readings of a CPU counter
+_WORKER_HEADER = "X-Blockyard-Worker"
+_LOG: dict[str, Any] = {
+    "content": {"text/plain": {}},
+    "headers": {
+        _WORKER_HEADER: {
+            "description": "Whose log it is; absent where no worker has run yet",
+            "schema": {"type": "string"},
+        }
+    },
+}
 
 
 def _time(seconds: float) -> str:
@@ -160,30 +170,46 @@ async def _switch(app: App, provided: Services, principal: Principal, *, enabled
     return _body(provided, changed, principal)
 
 
-@router.get("/{id}/logs", response_class=StreamingResponse, responses={200: {"content": {"text/plain": {}}}})
+@router.get("/{id}/logs", response_class=StreamingResponse, responses={200: _LOG})
 async def logs(
     app: OwnApp,
     provided: Provided,
+    principal: Caller,
     worker_id: Annotated[str, Query(max_length=64)] = "",
     *,
     stream: bool = True,
 ) -> StreamingResponse:
-    """Send a worker's log, the newest worker's by default, and go on while it runs."""
-    query = select(workers_table.c.id).where(workers_table.c.app_id == app.id)
-    if worker_id:
-        query = query.where(workers_table.c.id == worker_id)
-    async with provided.database.begin() as connection:
-        newest = await connection.scalar(query.order_by(workers_table.c.started_at.desc()).limit(1))
-    if newest is None and worker_id:
-        raise NotFound("not_found", "This app has no such worker; 'by get --runtime' names them.")
-    log = provided.logs.of(newest) if newest else None
+    """Send a worker's log, and go on while it runs and the caller's token counts.
 
-    async def text() -> AsyncIterator[bytes]:
-        if log is not None:
-            async for data in log.read(follow=stream):
+    By default it is that of the newest worker with visitors, or else of the newest. Where there was none yet, `stream`
+    waits for the first.
+    """
+    shown = await _whose_log(provided, app, worker_id)
+    if shown is None and worker_id:
+        raise NotFound("not_found", "This app has no such worker; 'by get --runtime' names them.")
+
+    async def text() -> AsyncGenerator[bytes, None]:
+        found = shown
+        if found is None and stream:
+            first = await provided.fleet.first_worker(app.id)
+            found = first.id if first is not None else None
+        if found is not None:
+            async for data in provided.logs.of(found).read(follow=stream):
                 yield data
 
-    return StreamingResponse(text(), media_type="text/plain; charset=utf-8")
+    return provided.streams.answer(principal, text(), {_WORKER_HEADER: shown} if shown else None)
+
+
+async def _whose_log(provided: Services, app: App, wanted: str) -> str | None:
+    """Return the id of the worker that is wanted, or that is of most interest; None if there is none."""
+    if not wanted and (living := provided.fleet.most_telling(app.id)) is not None:
+        return living.id
+    query = select(workers_table.c.id).where(workers_table.c.app_id == app.id)
+    if wanted:
+        query = query.where(workers_table.c.id == wanted)
+    async with provided.database.begin() as connection:
+        found: str | None = await connection.scalar(query.order_by(workers_table.c.started_at.desc()).limit(1))
+    return found
 
 
 @router.get("/{id}/runtime")

@@ -1,6 +1,6 @@
 """Routes of bundles and of the tasks that deploy them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
@@ -82,11 +82,11 @@ async def get_task(task_id: str, provided: Provided, principal: Caller) -> TaskB
 
 @router.get("/tasks/{task_id}/logs", response_class=StreamingResponse, responses={200: {"content": {"text/plain": {}}}})
 async def task_logs(task_id: str, provided: Provided, principal: Caller) -> StreamingResponse:
-    """Send a deployment's log while it grows."""
+    """Send a deployment's log while it grows, and the caller's token counts."""
     task = await _task(task_id, provided, principal)
 
-    async def text() -> AsyncIterator[str]:
+    async def text() -> AsyncGenerator[bytes, None]:
         async for lines in provided.deployments.follow(task.id):
-            yield lines
+            yield lines.encode()
 
-    return StreamingResponse(text(), media_type="text/plain; charset=utf-8")
+    return provided.streams.answer(principal, text())

@@ -12,6 +12,7 @@ from blockyard_api.backends.spawner import Spawner
 from blockyard_api.bundles.deploy import Deployments
 from blockyard_api.checks.runner import Checks
 from blockyard_api.errors import Forbidden, NotFound, Unauthorized
+from blockyard_api.http.streams import Streams
 from blockyard_api.identity.tokens import Principal, Tokens
 from blockyard_api.relay.origin import original_address
 from blockyard_api.sessions.address import Addresses
@@ -40,6 +41,7 @@ class Services:
     logs: Logs
     addresses: Addresses
     checks: Checks
+    streams: Streams
 
     @property
     def spawner(self) -> Spawner:

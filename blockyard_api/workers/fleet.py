@@ -187,6 +187,7 @@ class Fleet:
         self._lives: set[asyncio.Task[None]] = set()
         self._held: dict[str, Counter[str]] = {}  # who answers for a slot → the keys, and how many workers each is on
         self._closing = False
+        self._news = asyncio.Event()  # of a worker that lives since, or an app that is gone
         self._cgroups = accounting.cgroup2_mount()
         self._runtime_dirs = {"process": settings.process.runtime_dir, "docker": settings.docker.runtime_dir}
         self.adopted = asyncio.Event()
@@ -292,6 +293,23 @@ class Fleet:
     def all(self) -> list[Worker]:
         """Return all workers that have not ended."""
         return list(self._workers.values())
+
+    def most_telling(self, app_id: str) -> Worker | None:
+        """Return the worker whose log says most: the newest that has visitors, or else the newest that lives."""
+        writing = [worker for worker in self.of(app_id) if self._logs.grows(worker.id)]
+        return max(writing, key=lambda worker: (bool(worker.slots), worker.started_at), default=None)
+
+    async def first_worker(self, app_id: str) -> Worker | None:
+        """Wait until an app has a worker, and return it; None once the app is deleted."""
+        while self._catalog.with_id(app_id) is not None:
+            if (found := self.most_telling(app_id)) is not None:
+                return found
+            await self._news.wait()
+        return None
+
+    def _tell_news(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
 
     @property
     def count(self) -> int:
@@ -452,6 +470,7 @@ class Fleet:
     async def _live(self, worker: Worker, app: App, adopted: tuple[int, int | None] | None) -> None:
         """Live one worker's life; `adopted` holds the pidfd, and the log's read end, of one that runs already."""
         with self._logs.writing(worker.id) as worker_log:
+            self._tell_news()
             result = await self._until_gone(worker, app, adopted, worker_log)
             if not self._closing:
                 await self._finish(worker, app, result, worker_log)
@@ -666,6 +685,7 @@ class Fleet:
             await worker.ended.wait()
         if self._catalog.with_id(app.id) is None:
             self._pools.pop(app.id, None)
+            self._tell_news()
 
     def detach(self) -> None:
         """Leave the workers to the next start of this daemon: from now on no end is recorded."""
