@@ -14,7 +14,7 @@ from blockyard_api.clock import rfc3339
 from blockyard_api.errors import BadRequest, Forbidden, NotFound
 from blockyard_api.host import accounting
 from blockyard_api.http.models import AppBody, AppChanges, AppList, NewApp, Runtime, SessionBody, Stats, WorkerBody
-from blockyard_api.http.services import Caller, OwnApp, Provided, Services, VisibleApp
+from blockyard_api.http.services import MAY_CHANGE, Caller, OwnApp, Provided, Services, VisibleApp
 from blockyard_api.identity.tokens import Principal
 from blockyard_api.store.tables import workers as workers_table
 from blockyard_api.workers.fleet import Fleet, Worker
@@ -40,22 +40,29 @@ def _time(seconds: float) -> str:
     return rfc3339(seconds) or ""
 
 
-def _status(workers: list[Worker]) -> str:
-    if any(worker.state in (State.STARTING, State.ACTIVE) for worker in workers):
+def _status(fleet: Fleet, app: App) -> str:
+    states = {worker.state for worker in fleet.of(app.id)}
+    if State.STARTING in states and fleet.setback(app):  # one more try after those that failed
+        states.discard(State.STARTING)
+    if states & {State.STARTING, State.ACTIVE}:
         return "running"
-    return "stopping" if workers else "stopped"
+    return "stopping" if states else "stopped"
 
 
 def _body(provided: Services, app: App, principal: Principal) -> AppBody:
     values = {field.name: getattr(app, field.name) for field in fields(app)}
+    relation = provided.catalog.relation(app, principal)
+    status = _status(provided.fleet, app)
+    setback = provided.fleet.setback(app) if status != "running" and relation in MAY_CHANGE else ""
     return AppBody.model_validate(
         {
             **values,
             "created_at": _time(app.created_at),
             "updated_at": _time(app.updated_at),
-            "status": _status(provided.fleet.of(app.id)),
+            "status": status,
+            "setback": setback or None,
             "tags": [],
-            "relation": provided.catalog.relation(app, principal),
+            "relation": relation,
             "url": provided.addresses.url(app.name),
         }
     )
@@ -215,7 +222,8 @@ async def _whose_log(provided: Services, app: App, wanted: str) -> str | None:
 @router.get("/{id}/runtime")
 async def runtime(app: OwnApp, provided: Provided) -> Runtime:
     """Return what the app's workers do, and the last ones that ended."""
-    live = list(provided.fleet.of(app.id))
+    starting = [worker.id for worker in provided.fleet.of(app.id) if worker.state is State.STARTING]
+    live = [worker for worker in provided.fleet.of(app.id) if worker.state is not State.STARTING]
     stats = await _stats(provided.fleet, live)
     ended = workers_table.c.status == State.ENDED.value
     query = select(workers_table).where(workers_table.c.app_id == app.id, ended)
@@ -241,6 +249,7 @@ async def runtime(app: OwnApp, provided: Provided) -> Runtime:
             )
             for row in rows
         ],
+        starting=[worker_id for worker_id in starting if worker_id not in gone],
         active_sessions=sum(1 for worker in live for session in provided.sessions.of(worker) if session.sockets),
         total_views=views.total,
         recent_views=views.recent,
@@ -250,12 +259,11 @@ async def runtime(app: OwnApp, provided: Provided) -> Runtime:
 
 
 def _live(provided: Services, worker: Worker, stats: Stats) -> WorkerBody:
-    shown = {State.STARTING: "starting", State.ACTIVE: "active"}.get(worker.state, "draining")
     return WorkerBody.model_validate(
         {
             "id": worker.id,
             "bundle_id": worker.bundle_id,
-            "status": shown,
+            "status": "active" if worker.state is State.ACTIVE else "draining",
             "started_at": _time(worker.started_at),
             "idle_since": rfc3339(worker.idle_since),
             "ended_at": None,

@@ -22,7 +22,7 @@ from blockyard_api.store.database import Database
 from blockyard_api.workers.fleet import Fleet
 from blockyard_api.workers.log import Logs
 
-_MAY_CHANGE = frozenset({"admin", "owner", "collaborator"})
+MAY_CHANGE = frozenset({"admin", "owner", "collaborator"})
 _bearer = HTTPBearer(auto_error=False, scheme_name="token", description="An access token, by_…")
 
 
@@ -94,7 +94,7 @@ def own_app(
     principal: Annotated[Principal, Depends(caller)],
 ) -> App:
     """Return the app of the path, if the caller may change it. Raises NotFound or Forbidden."""
-    if services(request).catalog.relation(app, principal) not in _MAY_CHANGE:
+    if services(request).catalog.relation(app, principal) not in MAY_CHANGE:
         raise Forbidden("forbidden", "Only the app's owner, a collaborator or an administrator may do this.")
     return app
 

@@ -8,6 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running_control import Control, until
+from sqlalchemy import insert
+
+from blockyard_api.store.tables import users
 
 HOSTILE = [
     "", ".", "..", "../..", "%00", "\0", "a\nb", "\r\nX: y", "'; DROP TABLE apps; --", '"><script>', "{{7*7}}", "${x}",
@@ -209,3 +212,60 @@ async def test_a_worker_that_ends_while_it_is_looked_at_is_shown_once(control, c
         worker.end("idle")
         await worker.ended.wait()
     assert [look.result() for look in looking] == [[(worker.id, "ended")]] * 3
+
+
+async def shown_as(client):
+    app = (await client.get("/api/v1/apps/plain")).json()
+    return app["status"], app["setback"]
+
+
+@pytest.mark.parametrize("warm", [False, True])
+async def test_an_app_that_fails_at_every_start_is_stopped_and_says_why(control, client, clock, warm):
+    await control.app()
+    control.spawner.words = b"bwrap: no such program\n"
+    control.spawner.serves = False
+    for attempt in range(3):
+        visit = None if warm else asyncio.create_task(control.ask("/app/plain/"))
+        await control.change("plain", pre_warmed_sessions=int(warm))
+        (worker,) = await until(control.spawner.running)
+        await until(lambda worker=worker: control.fleet.find(worker.id).socket is not None)
+        assert (await shown_as(client))[0] == ("stopped" if attempt else "running")
+        control.spawner.exit(worker.id, 1)
+        await control.quiet()
+        if visit:
+            await visit
+        status, setback = await shown_as(client)
+        assert status == "stopped"
+        assert setback == "The app could not start: exited with status 1; bwrap: no such program."
+        await clock.advance(30)
+    control.spawner.serves = True
+    await control.visit()
+    assert await shown_as(client) == ("running", None)
+
+
+async def test_why_an_app_fails_is_not_told_to_those_who_may_merely_open_it(control, client):
+    await control.app(access_type="logged_in")
+    async with control.services.database.begin() as connection:
+        await connection.execute(insert(users).values(sub="guest", role="viewer", created_at=0))
+    _, plain = await control.services.tokens.create("guest", "t")
+    control.spawner.refuse = ("bundle_missing", "Check /srv/state.")
+    owner = client.headers["Authorization"].encode()
+    assert (await control.ask("/app/plain/", authorization=owner)).status == 503
+    await control.quiet()
+    assert "/srv/state" in (await shown_as(client))[1]
+    client.headers["Authorization"] = f"Bearer {plain}"
+    assert await shown_as(client) == ("stopped", None)
+
+
+async def test_a_worker_that_does_not_serve_yet_is_named_apart_from_the_contracts_states(control, client):
+    await control.app()
+    control.spawner.serves = False
+    asking = asyncio.create_task(control.ask("/app/plain/"))
+    (worker,) = await until(control.spawner.running)
+    runtime = (await client.get("/api/v1/apps/plain/runtime")).json()
+    assert (runtime["workers"], runtime["starting"]) == ([], [worker.id])
+    await control.spawner.serve(worker.id)
+    (await asking).end()
+    runtime = (await client.get("/api/v1/apps/plain/runtime")).json()
+    assert [each["status"] for each in runtime["workers"]] == ["active"]
+    assert runtime["starting"] == []
