@@ -99,6 +99,7 @@ class BundleBody(BaseModel):
     uploaded_at: str
     deployed_by: str
     pinned: bool
+    reason: str | None = Field(description="Why its deployment failed, one sentence")
 
 
 class BundleList(BaseModel):

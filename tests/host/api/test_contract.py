@@ -189,6 +189,9 @@ def test_a_wrong_bundle_fails_with_a_sentence_and_leaves_nothing(pair, content):
     assert pair.http.get(f"/api/v1/tasks/{task}").json()["status"] == "failed"
     assert log.strip().endswith(".")
     assert "Traceback" not in log
+    failed = pair.http.get("/api/v1/apps/unpacked/bundles").json()["bundles"][0]
+    assert failed["reason"]
+    assert log.strip().endswith(f" {failed['reason']}")
     assert pair.http.get("/api/v1/apps/unpacked").json()["active_bundle"] is None
     assert deployed_nothing(pair)
 

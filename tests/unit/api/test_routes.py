@@ -269,3 +269,30 @@ async def test_a_worker_that_does_not_serve_yet_is_named_apart_from_the_contract
     runtime = (await client.get("/api/v1/apps/plain/runtime")).json()
     assert [each["status"] for each in runtime["workers"]] == ["active"]
     assert runtime["starting"] == []
+
+
+async def test_whoever_deploys_reads_how_it_ended_though_the_app_is_deleted_meanwhile(control, client, monkeypatch):
+    go_on = asyncio.Event()
+
+    async def unpack(_archive, _destination):
+        await go_on.wait()
+        raise OSError(2, "No such file or directory")
+
+    monkeypatch.setattr("blockyard_api.bundles.deploy.unpack", unpack)
+    await control.catalog.create("plain", "admin")
+    task = (await client.post("/api/v1/apps/plain/bundles", content=b"x")).json()["task_id"]
+    assert (await client.delete("/api/v1/apps/plain")).status_code == 204
+    assert (await client.get(f"/api/v1/tasks/{task}")).json()["status"] == "running"
+    go_on.set()
+    log = (await client.get(f"/api/v1/tasks/{task}/logs")).text
+    assert log.endswith("The app was deleted meanwhile; nothing was deployed.\n")
+    assert (await client.get(f"/api/v1/tasks/{task}")).json()["status"] == "failed"
+
+
+async def test_why_a_deployment_failed_can_be_looked_up_later(control, client):
+    await control.catalog.create("plain", "admin")
+    task = (await client.post("/api/v1/apps/plain/bundles", content=b"no archive")).json()["task_id"]
+    log = (await client.get(f"/api/v1/tasks/{task}/logs")).text
+    (bundle,) = (await client.get("/api/v1/apps/plain/bundles")).json()["bundles"]
+    assert bundle["status"] == "failed"
+    assert bundle["reason"] == log.splitlines()[-1].partition(" ")[2]
