@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from blockyard_api.apps.catalog import App
 from blockyard_api.clock import rfc3339
-from blockyard_api.errors import BadRequest, Forbidden, NotFound
+from blockyard_api.errors import BadRequest, Forbidden, NotFound, Unavailable
 from blockyard_api.host import accounting
 from blockyard_api.http.models import AppBody, AppChanges, AppList, NewApp, Runtime, SessionBody, Stats, WorkerBody
 from blockyard_api.http.services import MAY_CHANGE, Caller, OwnApp, Provided, Services, VisibleApp
@@ -113,11 +113,15 @@ async def change(changes: AppChanges, app: OwnApp, provided: Provided, principal
     wanted = changes.model_dump(exclude_unset=True)
     process = provided.settings.process
     candidate = App(**{**{field.name: getattr(app, field.name) for field in fields(app)}, **wanted})
-    if candidate.network == "host" and (candidate.backend or provided.settings.server.backend) == "docker":
+    if candidate.network == "host" and provided.fleet.backend(candidate) == "docker":
         raise BadRequest(
             "invalid_network",
             "A Docker worker has a network of its own, never the host's: set network to none, or to the default.",
         )
+    if wanted.keys() & {"pre_warmed_sessions", "max_workers_per_app", "max_sessions_per_worker"}:
+        _check_room(candidate, provided.settings.proxy.max_workers)
+    if (moved_to := provided.fleet.backend(candidate)) != provided.fleet.backend(app):
+        await _check_backend(provided, moved_to)
     changed = (
         await provided.catalog.change(app, wanted)
         if _within(candidate, process.memory_ceiling, process.cpu_ceiling)
@@ -129,6 +133,27 @@ async def change(changes: AppChanges, app: OwnApp, provided: Provided, principal
         )
     provided.fleet.reconcile(changed.id)
     return _body(provided, changed, principal)
+
+
+def _check_room(app: App, most_workers: int) -> None:
+    """Refuse more warm places than there can be, which would be waited for without a word."""
+    most = min(app.max_workers_per_app or most_workers, most_workers) * app.max_sessions_per_worker
+    if app.pre_warmed_sessions > most:
+        raise BadRequest(
+            "too_many_pre_warmed",
+            f"pre_warmed_sessions may be at most {most} here: the workers that the app may have, times "
+            "max_sessions_per_worker.",
+        )
+
+
+async def _check_backend(provided: Services, backend: str) -> None:
+    """Refuse a backend that nobody answers for: the app would fail at its next visitor."""
+    try:
+        await provided.spawners[backend].hello()
+    except Unavailable as error:
+        raise Unavailable(
+            "backend_unavailable", f"No app can be moved to backend {backend}: {error.message}"
+        ) from error
 
 
 def _within(app: App, memory: int | None, cpu: int | None) -> bool:

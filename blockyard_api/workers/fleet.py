@@ -285,14 +285,13 @@ class Fleet:
             and not worker.over.done()
         ]
 
-    def _backend(self, app: App) -> str:
+    def backend(self, app: App) -> str:
+        """Name the backend that an app's workers are started on."""
         return app.backend or self._settings.server.backend
 
     def _outdated(self, worker: Worker, app: App) -> bool:
         """Tell whether a worker is not what the app would start now; Docker's runtime is chosen by the access type."""
-        moved = worker.backend != self._backend(app) or (
-            worker.backend == "docker" and worker.access != app.access_type
-        )
+        moved = worker.backend != self.backend(app) or (worker.backend == "docker" and worker.access != app.access_type)
         return worker.bundle_id != app.active_bundle or moved
 
     def of(self, app_id: str) -> list[Worker]:
@@ -448,7 +447,7 @@ class Fleet:
             secrets.token_hex(16),
             app.id,
             app.active_bundle,
-            self._backend(app),
+            self.backend(app),
             app.access_type,
             app.max_sessions_per_worker,
             self._memory_limit(app),
@@ -739,7 +738,7 @@ class Fleet:
 
     def waited_for(self) -> set[str]:
         """Name the backends in use whose workers of an earlier run are not taken over yet."""
-        used = {self._settings.server.backend, *(self._backend(app) for app in self._catalog.all())}
+        used = {self._settings.server.backend, *(self.backend(app) for app in self._catalog.all())}
         return used - self._known_backends
 
     async def _running(self, backends: set[str]) -> dict[str, set[str]]:

@@ -1,6 +1,7 @@
 """The control plane as an ASGI application: whatever is sent, the answer has the contract's shape and no traceback."""
 
 import asyncio
+import contextlib
 import json
 
 import httpx
@@ -108,12 +109,18 @@ def test_whatever_is_sent_to_whatever_route_is_answered_in_the_contracts_shape(t
             runner.run(control.close())
 
 
-@pytest.fixture
-async def client(control):
+@contextlib.asynccontextmanager
+async def client_of(control):
     transport = httpx.ASGITransport(control.asgi)
     _, plain = await control.services.tokens.create("admin", "test")
     headers = {"Authorization": f"Bearer {plain}"}
     async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def client(control):
+    async with client_of(control) as opened:
         yield opened
 
 
@@ -296,3 +303,40 @@ async def test_why_a_deployment_failed_can_be_looked_up_later(control, client):
     (bundle,) = (await client.get("/api/v1/apps/plain/bundles")).json()["bundles"]
     assert bundle["status"] == "failed"
     assert bundle["reason"] == log.splitlines()[-1].partition(" ")[2]
+
+
+async def refused(client, changes, status, code):
+    before = (await client.get("/api/v1/apps/plain")).json()
+    answer = await client.patch("/api/v1/apps/plain", json=changes)
+    assert (answer.status_code, answer.json()["error"]) == (status, code), answer.text
+    assert (await client.get("/api/v1/apps/plain")).json() == before
+    return answer.json()["message"]
+
+
+async def test_an_app_is_not_moved_to_a_backend_that_nobody_answers_for(control, client):
+    await control.app()
+    told = await refused(client, {"backend": "docker"}, 503, "backend_unavailable")
+    assert "spawner-docker.socket" in told
+    assert (await client.patch("/api/v1/apps/plain", json={"backend": "process"})).status_code == 200
+    control.spawner.stop()
+    assert (await client.patch("/api/v1/apps/plain", json={"backend": None})).status_code == 200  # it stays there
+    control.spawner.start()
+
+
+@pytest.mark.parametrize(
+    ("present", "changes", "most"),
+    [
+        ({}, {"pre_warmed_sessions": 4, "max_workers_per_app": 3}, 3),
+        ({"max_workers_per_app": 2}, {"pre_warmed_sessions": 3}, 2),
+        ({"max_workers_per_app": 9}, {"pre_warmed_sessions": 6}, 5),
+        ({"pre_warmed_sessions": 4, "max_sessions_per_worker": 2}, {"max_workers_per_app": 1}, 2),
+    ],
+)
+async def test_more_warm_places_than_there_can_be_are_refused(start, present, changes, most):
+    control = await start("proxy.max_workers = 5")
+    await control.catalog.change(await control.catalog.create("plain", "admin"), present)
+    async with client_of(control) as client:
+        assert f"at most {most} here" in await refused(client, changes, 400, "too_many_pre_warmed")
+        assert (await client.patch("/api/v1/apps/plain", json={"title": "still mine"})).status_code == 200
+        enough = {"pre_warmed_sessions": 10, "max_workers_per_app": 5, "max_sessions_per_worker": 2}
+        assert (await client.patch("/api/v1/apps/plain", json=enough)).status_code == 200
