@@ -22,6 +22,7 @@ from blockyard_api.host import units
 from blockyard_api.host.notify import ServiceManager
 from blockyard_api.http import application
 from blockyard_api.http.services import Services
+from blockyard_api.http.streams import Streams
 from blockyard_api.identity.tokens import Tokens
 from blockyard_api.relay.server import Relay
 from blockyard_api.sessions.address import Addresses
@@ -45,6 +46,7 @@ class Built:
     control_plane: FastAPI
     relay: Relay
     checks: Checks
+    streams: Streams
 
 
 def prepare_state(state_dir: Path) -> None:
@@ -98,8 +100,10 @@ async def running(
                 return session.token_id == token_id
 
             sessions.drop_where(opened_with_it)
+            streams.end_of_token(token_id)
 
         tokens = Tokens(store, token_revoked)
+        streams = Streams(tokens.stands)
         addresses = Addresses.parse(settings.proxy.public_url)
         deployments = Deployments(settings.storage, catalog, fleet, store, tasks)
         await deployments.recover()
@@ -110,14 +114,14 @@ async def running(
         )
         checks = Checks(Context(settings, spawners["process"], spawners["docker"], catalog.all, listening))
         services = Services(
-            settings, store, tokens, catalog, fleet, sessions, deployments, spawners, logs, addresses, checks
+            settings, store, tokens, catalog, fleet, sessions, deployments, spawners, logs, addresses, checks, streams
         )
         adopting = tasks.create_task(_adopt(fleet, sessions, log_pipes))
         keeping = tasks.create_task(
             _keep_house(settings, fleet, sessions, catalog, deployments, logs, checks, log_pipes)
         )
         try:
-            yield Built(application.build(services), relay, checks)
+            yield Built(application.build(services), relay, checks, streams)
         finally:
             fleet.detach()
             await relay.close(settings.server.shutdown_timeout)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import prctl
 import uvloop
 
 from blockyard_api import app, settings
@@ -38,6 +39,8 @@ def main() -> None:
     """Run the daemon, or one of its sub-commands; exit status 2 for a wrong configuration, 1 for any other failure."""
     arguments = _arguments()
     os.umask(0o077)  # the database is nobody else's, whoever started this
+    prctl.set_dumpable(0)  # nor is the memory, in which tokens are: not even another process's of the same uid
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # and no crash writes it into a file
     try:
         configured = settings.load(arguments.config, os.environ)
         if arguments.command == "token":
@@ -128,7 +131,7 @@ async def _serve(configured: Settings) -> list[Result]:
                 await asyncio.to_thread(_turn_away, sockets)
                 return failed
         await built.relay.listen(relayed)
-        api = server.server(built.control_plane, configured.server.shutdown_timeout)
+        api = server.server(built.control_plane, configured.server.shutdown_timeout, built.streams.stop)
         serving = loop.create_task(api.serve(sockets=[control]))
         watching = loop.create_task(_watchdog(manager))
         manager.say("READY=1")

@@ -26,6 +26,8 @@ DELETED_APPS_KEPT = 30 * 86400.0  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNPACKED_AT_ONCE = 4  # processes; further deployments wait
 _SERVED = "The app serves this bundle now."
+_DELETED = "The app was deleted meanwhile; nothing was deployed."
+_RESTARTED = "The server was restarted meanwhile; deploy again."
 _OVERTAKEN = "A later upload is served already; 'by rollback' serves this one."
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Bundle:
     deployed_at: float | None
     deployed_by: str
     pinned: bool
+    reason: str | None = None  # why it failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,18 +155,21 @@ class Deployments:
         try:
             async with self._switching:
                 app = self._catalog.with_id(app_id)
+                if app is None:
+                    message = _DELETED
                 served = app is not None and app.active_bundle == bundle_id  # what failed is what comes after that
                 if not served:
                     await asyncio.to_thread(shutil.rmtree, self._bundles / bundle_id, ignore_errors=True)
-                    await self._set_status(bundle_id, "failed")
+                    await self._set_status(bundle_id, "failed", message)
             told = f"{_SERVED} Something after that failed: {message}" if served else message
             await self._say(task_id, told, status="completed" if served else "failed")
         except (OutOfSpace, StoreUnavailable):  # `recover` tells it at the next start
             log.exception("deployment of bundle %s failed (%s), and that could not be stored", bundle_id, message)
 
-    async def _set_status(self, bundle_id: str, status: str) -> None:
+    async def _set_status(self, bundle_id: str, status: str, reason: str | None = None) -> None:
+        change = update(bundles).where(bundles.c.id == bundle_id).values(status=status, reason=reason)
         async with self._database.begin() as connection:
-            await connection.execute(update(bundles).where(bundles.c.id == bundle_id).values(status=status))
+            await connection.execute(change)
 
     async def _say(self, task_id: str, sentence: str, status: str = "running") -> None:
         line = f"{rfc3339(time.time())} {sentence}\n"
@@ -262,9 +268,9 @@ class Deployments:
     async def recover(self) -> None:
         """Clear up after a death in the middle: half uploads go, half deployments are told as failed."""
         unfinished = bundles.c.status.in_(["pending", "building"])
-        line = f"{rfc3339(time.time())} The server was restarted meanwhile; deploy again.\n"
+        line = f"{rfc3339(time.time())} {_RESTARTED}\n"
         async with self._database.begin() as connection:
-            await connection.execute(update(bundles).where(unfinished).values(status="failed"))
+            await connection.execute(update(bundles).where(unfinished).values(status="failed", reason=_RESTARTED))
             running = update(tasks).where(tasks.c.status == "running")
             await connection.execute(running.values(status="failed", log=tasks.c.log + line))
             whole = select(bundles.c.id).where(bundles.c.status == "ready")

@@ -1,9 +1,9 @@
 """Routes of apps: make, find, change, switch, delete, and look at what runs."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import fields
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
@@ -11,10 +11,10 @@ from sqlalchemy import select
 
 from blockyard_api.apps.catalog import App
 from blockyard_api.clock import rfc3339
-from blockyard_api.errors import BadRequest, Forbidden, NotFound
+from blockyard_api.errors import BadRequest, Forbidden, NotFound, Unavailable
 from blockyard_api.host import accounting
 from blockyard_api.http.models import AppBody, AppChanges, AppList, NewApp, Runtime, SessionBody, Stats, WorkerBody
-from blockyard_api.http.services import Caller, OwnApp, Provided, Services, VisibleApp
+from blockyard_api.http.services import MAY_CHANGE, Caller, OwnApp, Provided, Services, VisibleApp
 from blockyard_api.identity.tokens import Principal
 from blockyard_api.store.tables import workers as workers_table
 from blockyard_api.workers.fleet import Fleet, Worker
@@ -24,28 +24,45 @@ router = APIRouter(prefix="/api/v1/apps", tags=["apps"])
 
 _ENDED_SHOWN = 20
 _SAMPLE = 0.2  # seconds between the two readings of a CPU counter
+_WORKER_HEADER = "X-Blockyard-Worker"
+_LOG: dict[str, Any] = {
+    "content": {"text/plain": {}},
+    "headers": {
+        _WORKER_HEADER: {
+            "description": "Whose log it is; absent where no worker has run yet",
+            "schema": {"type": "string"},
+        }
+    },
+}
 
 
 def _time(seconds: float) -> str:
     return rfc3339(seconds) or ""
 
 
-def _status(workers: list[Worker]) -> str:
-    if any(worker.state in (State.STARTING, State.ACTIVE) for worker in workers):
+def _status(fleet: Fleet, app: App) -> str:
+    states = {worker.state for worker in fleet.of(app.id)}
+    if State.STARTING in states and fleet.setback(app):  # one more try after those that failed
+        states.discard(State.STARTING)
+    if states & {State.STARTING, State.ACTIVE}:
         return "running"
-    return "stopping" if workers else "stopped"
+    return "stopping" if states else "stopped"
 
 
 def _body(provided: Services, app: App, principal: Principal) -> AppBody:
     values = {field.name: getattr(app, field.name) for field in fields(app)}
+    relation = provided.catalog.relation(app, principal)
+    status = _status(provided.fleet, app)
+    setback = provided.fleet.setback(app) if status != "running" and relation in MAY_CHANGE else ""
     return AppBody.model_validate(
         {
             **values,
             "created_at": _time(app.created_at),
             "updated_at": _time(app.updated_at),
-            "status": _status(provided.fleet.of(app.id)),
+            "status": status,
+            "setback": setback or None,
             "tags": [],
-            "relation": provided.catalog.relation(app, principal),
+            "relation": relation,
             "url": provided.addresses.url(app.name),
         }
     )
@@ -96,11 +113,15 @@ async def change(changes: AppChanges, app: OwnApp, provided: Provided, principal
     wanted = changes.model_dump(exclude_unset=True)
     process = provided.settings.process
     candidate = App(**{**{field.name: getattr(app, field.name) for field in fields(app)}, **wanted})
-    if candidate.network == "host" and (candidate.backend or provided.settings.server.backend) == "docker":
+    if candidate.network == "host" and provided.fleet.backend(candidate) == "docker":
         raise BadRequest(
             "invalid_network",
             "A Docker worker has a network of its own, never the host's: set network to none, or to the default.",
         )
+    if wanted.keys() & {"pre_warmed_sessions", "max_workers_per_app", "max_sessions_per_worker"}:
+        _check_room(candidate, provided.settings.proxy.max_workers)
+    if (moved_to := provided.fleet.backend(candidate)) != provided.fleet.backend(app):
+        await _check_backend(provided, moved_to)
     changed = (
         await provided.catalog.change(app, wanted)
         if _within(candidate, process.memory_ceiling, process.cpu_ceiling)
@@ -112,6 +133,27 @@ async def change(changes: AppChanges, app: OwnApp, provided: Provided, principal
         )
     provided.fleet.reconcile(changed.id)
     return _body(provided, changed, principal)
+
+
+def _check_room(app: App, most_workers: int) -> None:
+    """Refuse more warm places than there can be, which would be waited for without a word."""
+    most = min(app.max_workers_per_app or most_workers, most_workers) * app.max_sessions_per_worker
+    if app.pre_warmed_sessions > most:
+        raise BadRequest(
+            "too_many_pre_warmed",
+            f"pre_warmed_sessions may be at most {most} here: the workers that the app may have, times "
+            "max_sessions_per_worker.",
+        )
+
+
+async def _check_backend(provided: Services, backend: str) -> None:
+    """Refuse a backend that nobody answers for: the app would fail at its next visitor."""
+    try:
+        await provided.spawners[backend].hello()
+    except Unavailable as error:
+        raise Unavailable(
+            "backend_unavailable", f"No app can be moved to backend {backend}: {error.message}"
+        ) from error
 
 
 def _within(app: App, memory: int | None, cpu: int | None) -> bool:
@@ -160,36 +202,53 @@ async def _switch(app: App, provided: Services, principal: Principal, *, enabled
     return _body(provided, changed, principal)
 
 
-@router.get("/{id}/logs", response_class=StreamingResponse, responses={200: {"content": {"text/plain": {}}}})
+@router.get("/{id}/logs", response_class=StreamingResponse, responses={200: _LOG})
 async def logs(
     app: OwnApp,
     provided: Provided,
+    principal: Caller,
     worker_id: Annotated[str, Query(max_length=64)] = "",
     *,
     stream: bool = True,
 ) -> StreamingResponse:
-    """Send a worker's log, the newest worker's by default, and go on while it runs."""
-    query = select(workers_table.c.id).where(workers_table.c.app_id == app.id)
-    if worker_id:
-        query = query.where(workers_table.c.id == worker_id)
-    async with provided.database.begin() as connection:
-        newest = await connection.scalar(query.order_by(workers_table.c.started_at.desc()).limit(1))
-    if newest is None and worker_id:
-        raise NotFound("not_found", "This app has no such worker; 'by get --runtime' names them.")
-    log = provided.logs.of(newest) if newest else None
+    """Send a worker's log, and go on while it runs and the caller's token counts.
 
-    async def text() -> AsyncIterator[bytes]:
-        if log is not None:
-            async for data in log.read(follow=stream):
+    By default it is that of the newest worker with visitors, or else of the newest. Where there was none yet, `stream`
+    waits for the first.
+    """
+    shown = await _whose_log(provided, app, worker_id)
+    if shown is None and worker_id:
+        raise NotFound("not_found", "This app has no such worker; 'by get --runtime' names them.")
+
+    async def text() -> AsyncGenerator[bytes, None]:
+        found = shown
+        if found is None and stream:
+            first = await provided.fleet.first_worker(app.id)
+            found = first.id if first is not None else None
+        if found is not None:
+            async for data in provided.logs.of(found).read(follow=stream):
                 yield data
 
-    return StreamingResponse(text(), media_type="text/plain; charset=utf-8")
+    return provided.streams.answer(principal, text(), {_WORKER_HEADER: shown} if shown else None)
+
+
+async def _whose_log(provided: Services, app: App, wanted: str) -> str | None:
+    """Return the id of the worker that is wanted, or that is of most interest; None if there is none."""
+    if not wanted and (living := provided.fleet.most_telling(app.id)) is not None:
+        return living.id
+    query = select(workers_table.c.id).where(workers_table.c.app_id == app.id)
+    if wanted:
+        query = query.where(workers_table.c.id == wanted)
+    async with provided.database.begin() as connection:
+        found: str | None = await connection.scalar(query.order_by(workers_table.c.started_at.desc()).limit(1))
+    return found
 
 
 @router.get("/{id}/runtime")
 async def runtime(app: OwnApp, provided: Provided) -> Runtime:
     """Return what the app's workers do, and the last ones that ended."""
-    live = list(provided.fleet.of(app.id))
+    starting = [worker.id for worker in provided.fleet.of(app.id) if worker.state is State.STARTING]
+    live = [worker for worker in provided.fleet.of(app.id) if worker.state is not State.STARTING]
     stats = await _stats(provided.fleet, live)
     ended = workers_table.c.status == State.ENDED.value
     query = select(workers_table).where(workers_table.c.app_id == app.id, ended)
@@ -215,6 +274,7 @@ async def runtime(app: OwnApp, provided: Provided) -> Runtime:
             )
             for row in rows
         ],
+        starting=[worker_id for worker_id in starting if worker_id not in gone],
         active_sessions=sum(1 for worker in live for session in provided.sessions.of(worker) if session.sockets),
         total_views=views.total,
         recent_views=views.recent,
@@ -224,12 +284,11 @@ async def runtime(app: OwnApp, provided: Provided) -> Runtime:
 
 
 def _live(provided: Services, worker: Worker, stats: Stats) -> WorkerBody:
-    shown = {State.STARTING: "starting", State.ACTIVE: "active"}.get(worker.state, "draining")
     return WorkerBody.model_validate(
         {
             "id": worker.id,
             "bundle_id": worker.bundle_id,
-            "status": shown,
+            "status": "active" if worker.state is State.ACTIVE else "draining",
             "started_at": _time(worker.started_at),
             "idle_since": rfc3339(worker.idle_since),
             "ended_at": None,

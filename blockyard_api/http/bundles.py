@@ -1,6 +1,6 @@
 """Routes of bundles and of the tasks that deploy them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
@@ -11,7 +11,7 @@ from blockyard_api.clock import rfc3339
 from blockyard_api.errors import BadRequest, NotFound
 from blockyard_api.http.apps import get
 from blockyard_api.http.models import Accepted, AppBody, BundleBody, BundleList, Rollback, TaskBody
-from blockyard_api.http.services import Caller, OwnApp, Provided, Services
+from blockyard_api.http.services import MAY_CHANGE, Caller, OwnApp, Provided, Services
 from blockyard_api.identity.tokens import Principal
 
 router = APIRouter(prefix="/api/v1", tags=["bundles"])
@@ -52,6 +52,7 @@ async def list_bundles(app: OwnApp, provided: Provided) -> BundleList:
                     "uploaded_at": rfc3339(bundle.uploaded_at),
                     "deployed_by": bundle.deployed_by,
                     "pinned": bundle.pinned,
+                    "reason": bundle.reason,
                 }
             )
             for bundle in await provided.deployments.list(app)
@@ -67,8 +68,10 @@ async def rollback(wish: Rollback, app: OwnApp, provided: Provided, principal: C
 
 async def _task(task_id: str, provided: Services, principal: Principal) -> Task:
     task = await provided.deployments.task(task_id)
-    app = provided.catalog.find(task.app_id)
-    if app is None or provided.catalog.relation(app, principal) not in ("admin", "owner", "collaborator"):
+    app = provided.catalog.with_id(task.app_id)
+    if app is None:  # deleted meanwhile, which whoever deployed it is to read
+        app = next((one for one in await provided.catalog.deleted() if one.id == task.app_id), None)
+    if app is None or provided.catalog.relation(app, principal) not in MAY_CHANGE:
         raise NotFound("not_found", "There is no such task.")
     return task
 
@@ -82,11 +85,11 @@ async def get_task(task_id: str, provided: Provided, principal: Caller) -> TaskB
 
 @router.get("/tasks/{task_id}/logs", response_class=StreamingResponse, responses={200: {"content": {"text/plain": {}}}})
 async def task_logs(task_id: str, provided: Provided, principal: Caller) -> StreamingResponse:
-    """Send a deployment's log while it grows."""
+    """Send a deployment's log while it grows, and the caller's token counts."""
     task = await _task(task_id, provided, principal)
 
-    async def text() -> AsyncIterator[str]:
+    async def text() -> AsyncGenerator[bytes, None]:
         async for lines in provided.deployments.follow(task.id):
-            yield lines
+            yield lines.encode()
 
-    return StreamingResponse(text(), media_type="text/plain; charset=utf-8")
+    return provided.streams.answer(principal, text())

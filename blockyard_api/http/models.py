@@ -68,6 +68,7 @@ class AppBody(BaseModel):
     created_at: str
     updated_at: str
     status: Literal["running", "stopped", "stopping"]
+    setback: str | None = Field(description="Why its workers fail, if they do; told to those who may change it")
     tags: list[str]
     relation: str
     url: str
@@ -98,6 +99,7 @@ class BundleBody(BaseModel):
     uploaded_at: str
     deployed_by: str
     pinned: bool
+    reason: str | None = Field(description="Why its deployment failed, one sentence")
 
 
 class BundleList(BaseModel):
@@ -141,7 +143,7 @@ class WorkerBody(BaseModel):
 
     id: str
     bundle_id: str
-    status: Literal["starting", "active", "draining", "ended"]
+    status: Literal["active", "draining", "ended"]
     started_at: str
     idle_since: str | None
     ended_at: str | None
@@ -155,6 +157,7 @@ class Runtime(BaseModel):
     """What an app's workers do, and how often it is opened."""
 
     workers: list[WorkerBody]
+    starting: list[str] = Field(description="The ids of those that do not serve yet")
     active_sessions: int
     total_views: int
     recent_views: int

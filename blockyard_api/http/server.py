@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import socket
+from collections.abc import Callable
 
 import uvicorn
 from starlette.exceptions import HTTPException
@@ -18,9 +20,13 @@ _BODY_GOES_ON_WITHIN = 60.0  # seconds of silence
 _UPLOAD = re.compile(r"/api/v1/apps/[^/]+/bundles")
 
 
-def server(control_plane: ASGIApp, shutdown_timeout: float) -> uvicorn.Server:
-    """Return a server of the control plane that waits `shutdown_timeout` seconds for what is under way."""
-    return uvicorn.Server(
+def server(control_plane: ASGIApp, shutdown_timeout: float, stopping: Callable[[], None]) -> uvicorn.Server:
+    """Return a server of the control plane that waits `shutdown_timeout` seconds for what is under way.
+
+    `stopping` is called before that, to end what would have no end of its own.
+    """
+    return _Server(
+        stopping,
         uvicorn.Config(
             _BoundedBodies(control_plane),
             loop="none",
@@ -33,8 +39,20 @@ def server(control_plane: ASGIApp, shutdown_timeout: float) -> uvicorn.Server:
             proxy_headers=False,
             timeout_keep_alive=75,  # as the relay: uvicorn's 5 s meet clients that are just about to send again
             timeout_graceful_shutdown=max(1, round(shutdown_timeout)),
-        )
+        ),
     )
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's server, which tells nobody that it stops before all have been waited for."""
+
+    def __init__(self, stopping: Callable[[], None], config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopping()
+        await super().shutdown(sockets)
 
 
 class _BoundedHeads(HttpToolsProtocol):

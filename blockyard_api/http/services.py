@@ -12,6 +12,7 @@ from blockyard_api.backends.spawner import Spawner
 from blockyard_api.bundles.deploy import Deployments
 from blockyard_api.checks.runner import Checks
 from blockyard_api.errors import Forbidden, NotFound, Unauthorized
+from blockyard_api.http.streams import Streams
 from blockyard_api.identity.tokens import Principal, Tokens
 from blockyard_api.relay.origin import original_address
 from blockyard_api.sessions.address import Addresses
@@ -21,7 +22,7 @@ from blockyard_api.store.database import Database
 from blockyard_api.workers.fleet import Fleet
 from blockyard_api.workers.log import Logs
 
-_MAY_CHANGE = frozenset({"admin", "owner", "collaborator"})
+MAY_CHANGE = frozenset({"admin", "owner", "collaborator"})
 _bearer = HTTPBearer(auto_error=False, scheme_name="token", description="An access token, by_…")
 
 
@@ -40,6 +41,7 @@ class Services:
     logs: Logs
     addresses: Addresses
     checks: Checks
+    streams: Streams
 
     @property
     def spawner(self) -> Spawner:
@@ -92,7 +94,7 @@ def own_app(
     principal: Annotated[Principal, Depends(caller)],
 ) -> App:
     """Return the app of the path, if the caller may change it. Raises NotFound or Forbidden."""
-    if services(request).catalog.relation(app, principal) not in _MAY_CHANGE:
+    if services(request).catalog.relation(app, principal) not in MAY_CHANGE:
         raise Forbidden("forbidden", "Only the app's owner, a collaborator or an administrator may do this.")
     return app
 

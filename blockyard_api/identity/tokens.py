@@ -102,6 +102,11 @@ class Tokens:
                 raise _unknown()
         return principal
 
+    def stands(self, principal: Principal) -> bool:
+        """Whether the token that an authenticated caller came with was neither revoked nor has expired since."""
+        known = any(known.token_id == principal.token_id for known in self._known.values())
+        return known and principal.expires_at > time.time()
+
     def _note_wrong(self, client: str) -> None:
         if (wait := self._wrong.spend(client)) > 0:
             raise TooMany("too_many_wrong_tokens", "This address sends too many wrong tokens; wait, then log in.", wait)

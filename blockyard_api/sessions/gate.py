@@ -270,7 +270,7 @@ def _ending(worker: Worker) -> BlockyardError:
     failure = worker.ready.exception() if worker.ready.done() else None
     if isinstance(failure, BlockyardError):
         return failure
-    return BadGateway("worker_ended", f"The app was ended: it {worker.end_reason}.")
+    return BadGateway("worker_ended", f"The app was ended: it {worker.told}.")
 
 
 _TITLES = {

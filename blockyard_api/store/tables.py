@@ -94,6 +94,7 @@ bundles = Table(
     Column("deployed_at", Float),
     Column("deployed_by", String(255), nullable=False),
     Column("pinned", Boolean, nullable=False),
+    Column("reason", Text),  # of a failure
 )
 
 tasks = Table(

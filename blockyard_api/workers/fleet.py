@@ -79,6 +79,7 @@ class Worker:
     idle_since: float | None = None  # epoch
     requests: int = 0  # under way; an open WebSocket is none
     slots: dict[str, str] = field(default_factory=dict)  # a session's key → who answers for it
+    internal: bool = False  # what it ended of tells of the server, and is for the app's owner alone
     host_failed: bool = False  # there was no start, and the app is not to blame
     socket: WorkerSocket | None = None
     cgroup: str = ""
@@ -100,9 +101,15 @@ class Worker:
             raise StartFailed("not_started", "The app is not started yet; try again.", retry_after=1)
         return self.socket
 
-    def end(self, why: str) -> None:
-        """Ask for the end; the first wish counts."""
+    @property
+    def told(self) -> str:
+        """How it ended, for a visitor."""
+        return _WITHHELD if self.internal else self.end_reason or "is gone"
+
+    def end(self, why: str, *, internal: bool = False) -> None:
+        """Ask for the end; the first wish counts. `internal`: visitors are not to read why."""
         if not self.over.done():
+            self.internal = internal
             self.over.set_result(why)
 
     def touch(self) -> None:
@@ -116,7 +123,8 @@ class _Setback:
 
     failures: int = 0
     not_before: float = 0.0  # monotonic
-    why: str = ""
+    why: str = ""  # for the app's owner
+    told: str = ""  # for visitors
 
     @property
     def wait(self) -> int:
@@ -128,14 +136,19 @@ class _Setback:
         """Whether it is so long ago that the next one would be a first."""
         return self.not_before + _BACKOFF_MOST < time.monotonic()
 
-    def grow(self, why: str) -> None:
+    def refusal(self) -> StartFailed | None:
+        """Return what a visitor is told while it is not tried again."""
+        wait = self.wait
+        return StartFailed("start_failed", f"{self.told} It is tried again in {wait} s.", wait) if wait else None
+
+    def grow(self, why: str, told: str) -> None:
         """Note one more failure; each doubles the wait."""
         self.failures += 1
-        self.pause(why, min(_BACKOFF_FIRST * 2 ** (self.failures - 1), _BACKOFF_MOST))
+        self.pause(why, told, min(_BACKOFF_FIRST * 2 ** (self.failures - 1), _BACKOFF_MOST))
 
-    def pause(self, why: str, seconds: float) -> None:
+    def pause(self, why: str, told: str, seconds: float) -> None:
         """Note a failure that is nobody's fault here."""
-        self.why, self.not_before = why, time.monotonic() + seconds
+        self.why, self.told, self.not_before = why, told, time.monotonic() + seconds
 
 
 @dataclass(eq=False, slots=True)
@@ -146,11 +159,11 @@ class _Pool:
     setback: _Setback = field(default_factory=_Setback)
     visitors: dict[str, _Setback] = field(default_factory=dict)
 
-    def blame(self, visitors: Iterable[str], why: str) -> None:
+    def blame(self, visitors: Iterable[str], why: str, told: str) -> None:
         """Note that a worker fell under these visitors."""
         self.visitors = {who: setback for who, setback in self.visitors.items() if not setback.forgiven}
         for who in set(visitors):
-            self.visitors.setdefault(who, _Setback()).grow(why)
+            self.visitors.setdefault(who, _Setback()).grow(why, told)
 
     def clear(self, visitors: Iterable[str]) -> None:
         """Note that a worker lived well under these visitors."""
@@ -187,6 +200,7 @@ class Fleet:
         self._lives: set[asyncio.Task[None]] = set()
         self._held: dict[str, Counter[str]] = {}  # who answers for a slot → the keys, and how many workers each is on
         self._closing = False
+        self._news = asyncio.Event()  # of a worker that lives since, or an app that is gone
         self._cgroups = accounting.cgroup2_mount()
         self._runtime_dirs = {"process": settings.process.runtime_dir, "docker": settings.docker.runtime_dir}
         self.adopted = asyncio.Event()
@@ -200,7 +214,7 @@ class Fleet:
         and TooMany for a holder of as many slots as one may have.
         """
         if not self.adopted.is_set():
-            raise SpawnerUnreachable("workers are not adopted yet")
+            raise Unavailable("starting", "The server is only just starting; try again.", 5)
         app = self._catalog.get(app.id)  # the caller's may be from before a redeploy
         if not app.enabled:
             raise SwitchedOff
@@ -209,8 +223,8 @@ class Fleet:
                 "too_many_pages", "As many pages as one may have are open from your address; close one.", _PLACE_AGAIN
             )
         pool = self._pools.get(app.id)
-        if pool is not None and (setback := pool.visitors.get(holder)) is not None and (wait := setback.wait):
-            raise StartFailed("start_failed", f"{setback.why} It is tried again in {wait} s.", retry_after=wait)
+        if pool is not None and holder in pool.visitors and (refusal := pool.visitors[holder].refusal()):
+            raise refusal
         worker = self._free(app) or self._launch(app)
         self._give(worker, key, holder)
         self.reconcile(app.id)
@@ -275,14 +289,13 @@ class Fleet:
             and not worker.over.done()
         ]
 
-    def _backend(self, app: App) -> str:
+    def backend(self, app: App) -> str:
+        """Name the backend that an app's workers are started on."""
         return app.backend or self._settings.server.backend
 
     def _outdated(self, worker: Worker, app: App) -> bool:
         """Tell whether a worker is not what the app would start now; Docker's runtime is chosen by the access type."""
-        moved = worker.backend != self._backend(app) or (
-            worker.backend == "docker" and worker.access != app.access_type
-        )
+        moved = worker.backend != self.backend(app) or (worker.backend == "docker" and worker.access != app.access_type)
         return worker.bundle_id != app.active_bundle or moved
 
     def of(self, app_id: str) -> list[Worker]:
@@ -297,13 +310,30 @@ class Fleet:
         """Return all workers that have not ended."""
         return list(self._workers.values())
 
+    def most_telling(self, app_id: str) -> Worker | None:
+        """Return the worker whose log says most: the newest that has visitors, or else the newest that lives."""
+        writing = [worker for worker in self.of(app_id) if self._logs.grows(worker.id)]
+        return max(writing, key=lambda worker: (bool(worker.slots), worker.started_at), default=None)
+
+    async def first_worker(self, app_id: str) -> Worker | None:
+        """Wait until an app has a worker, and return it; None once the app is deleted."""
+        while self._catalog.with_id(app_id) is not None:
+            if (found := self.most_telling(app_id)) is not None:
+                return found
+            await self._news.wait()
+        return None
+
+    def _tell_news(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
     @property
     def count(self) -> int:
         """How many workers have not ended."""
         return len(self._workers)
 
-    def failure(self, app: App) -> str:
-        """Why the app's last start failed, or nothing."""
+    def setback(self, app: App) -> str:
+        """Why the app's last start failed, for its owner, or nothing."""
         return self._pools[app.id].setback.why if app.id in self._pools else ""
 
     def any_active(self, app: App) -> Worker | None:
@@ -409,9 +439,9 @@ class Fleet:
         if self._closing:
             raise Unavailable("stopping", "The server is stopping; try again.", 5)
         if app.active_bundle is None:
-            raise Unavailable("no_bundle", "This app has no bundle yet; deploy one with 'by deploy'.")
-        if wait := pool.setback.wait:
-            raise StartFailed("start_failed", f"{pool.setback.why} It is tried again in {wait} s.", retry_after=wait)
+            raise Unavailable("no_bundle", "This app has nothing to show yet; try again later.")
+        if refusal := pool.setback.refusal():
+            raise refusal
         if self.count >= self._settings.proxy.max_workers:
             self._make_room()
             raise Unavailable("server_full", "The server runs as many workers as it may; try again later.", 5)
@@ -422,7 +452,7 @@ class Fleet:
             secrets.token_hex(16),
             app.id,
             app.active_bundle,
-            self._backend(app),
+            self.backend(app),
             app.access_type,
             app.max_sessions_per_worker,
             self._memory_limit(app),
@@ -457,6 +487,7 @@ class Fleet:
     async def _live(self, worker: Worker, app: App, adopted: tuple[int, int | None] | None) -> None:
         """Live one worker's life; `adopted` holds the pidfd, and the log's read end, of one that runs already."""
         with self._logs.writing(worker.id) as worker_log:
+            self._tell_news()
             result = await self._until_gone(worker, app, adopted, worker_log)
             if not self._closing:
                 await self._finish(worker, app, result, worker_log)
@@ -469,11 +500,11 @@ class Fleet:
             pidfd, read_end = adopted or await self._spawn(worker, app)
         except (SpawnerRefused, SpawnerUnreachable) as error:
             worker.host_failed = isinstance(error, SpawnerUnreachable) or error.code in _OF_THE_HOST
-            worker.end(error.message.rstrip("."))  # it goes into sentences that end by themselves
+            worker.end(error.message.rstrip("."), internal=True)  # it goes into sentences that end by themselves
             return Result("unknown")
         except OSError as error:  # no descriptor is left for a log pipe
             worker.host_failed = True
-            worker.end(f"the server could not start it: {error.strerror}")
+            worker.end(f"the server could not start it: {error.strerror}", internal=True)
             return Result("unknown")
         async with asyncio.TaskGroup() as group:
             pump = None
@@ -533,7 +564,7 @@ class Fleet:
 
         def betrayed(sentence: str) -> None:
             log.error("worker %s of app %s: %s", worker.id, worker.app_id, sentence)
-            worker.end(f"ended as an impostor: {sentence}")
+            worker.end(f"ended as an impostor: {sentence}", internal=True)
 
         worker.socket = WorkerSocket(str(directory), uid, betrayed)
 
@@ -573,7 +604,7 @@ class Fleet:
             probe.cancel()
             await asyncio.wait([probe])
         if not probe.cancelled() and (error := probe.exception()) is not None:
-            worker.end(f"it could not be asked whether it serves: {error}")
+            worker.end(f"it could not be asked whether it serves: {error}", internal=True)
         return not worker.over.done()
 
     async def _stop(self, worker: Worker) -> Result:
@@ -592,7 +623,7 @@ class Fleet:
 
     async def _finish(self, worker: Worker, app: App, result: Result, worker_log: WorkerLog) -> None:
         started = worker.ready.done()
-        worker.end_reason = _sentence(worker, result)
+        sentence = worker.end_reason = _sentence(worker, result)
         if not started and (words := await _sandbox_words(worker_log)):
             worker.end_reason = f"{worker.end_reason}; {words}"
         worker.ended_at = time.time()
@@ -601,13 +632,12 @@ class Fleet:
         pool = self._pools[worker.app_id]
         pool.workers.remove(worker)
         del self._workers[worker.id]
-        self._judge(worker, pool, _sentence(worker, result), started=started)
+        told = _WITHHELD if worker.internal else sentence  # and what bubblewrap said is for the owner, too
+        self._judge(worker, pool, told, started=started)
         for key in list(worker.slots):
             self._take(worker, key)
         if not started:
-            worker.ready.set_exception(
-                StartFailed("start_failed", pool.setback.why or f"The app ended: {worker.end_reason}.")
-            )
+            worker.ready.set_exception(StartFailed("start_failed", pool.setback.told or f"The app ended: {told}."))
         await worker_log.note(f"worker ended: {worker.end_reason}")
         await self._bound_logs(app.id)
         self.reconcile(app.id)
@@ -621,8 +651,8 @@ class Fleet:
                 newest_first = [row.id for row in rows]
             await self._logs.keep_within(newest_first, _LOGS_KEPT)
 
-    def _judge(self, worker: Worker, pool: _Pool, why: str, *, started: bool) -> None:
-        """Note who is to wait for an end like this.
+    def _judge(self, worker: Worker, pool: _Pool, told: str, *, started: bool) -> None:
+        """Note who is to wait for an end like this, which visitors are `told` of in these words.
 
         A start that fails is the app's fault, or the host's. A worker that had come to serve and falls at once does
         so in somebody's hands: a visitor who can crash the app keeps himself from it, and nobody else.
@@ -630,16 +660,17 @@ class Fleet:
         lived = (worker.ended_at or time.time()) - worker.started_at
         if started and (worker.wished or lived > _SETTLED):
             pool.clear(worker.slots.values())
-        elif worker.wished:
             return
-        elif worker.host_failed:
-            pool.setback.pause(f"The app could not start: {why}.", _HOST_PAUSE)
-        elif not started:
-            pool.setback.grow(f"The app could not start: {why}.")
-        elif worker.slots:
-            pool.blame(worker.slots.values(), f"The app stopped soon after its start: {worker.end_reason}.")
+        if worker.wished:
+            return
+        what = "stopped soon after its start" if started else "could not start"
+        why, told = (f"The app {what}: {reason}." for reason in (worker.end_reason, told))
+        if worker.host_failed:
+            pool.setback.pause(why, told, _HOST_PAUSE)
+        elif started and worker.slots:
+            pool.blame(worker.slots.values(), why, told)
         else:
-            pool.setback.grow(f"The app stopped soon after its start: {worker.end_reason}.")
+            pool.setback.grow(why, told)
 
     async def _record(self, worker: Worker) -> None:
         row = {
@@ -671,6 +702,7 @@ class Fleet:
             await worker.ended.wait()
         if self._catalog.with_id(app.id) is None:
             self._pools.pop(app.id, None)
+            self._tell_news()
 
     def detach(self) -> None:
         """Leave the workers to the next start of this daemon: from now on no end is recorded."""
@@ -711,7 +743,7 @@ class Fleet:
 
     def waited_for(self) -> set[str]:
         """Name the backends in use whose workers of an earlier run are not taken over yet."""
-        used = {self._settings.server.backend, *(self._backend(app) for app in self._catalog.all())}
+        used = {self._settings.server.backend, *(self.backend(app) for app in self._catalog.all())}
         return used - self._known_backends
 
     async def _running(self, backends: set[str]) -> dict[str, set[str]]:
@@ -777,6 +809,7 @@ class Fleet:
                     await spawner.stop(entry.id, 0)
 
 
+_WITHHELD = "ended for a reason that only its owner can see"
 _WISHED = frozenset({"idle", "made room for another app", "redeployed", "the app was disabled", "the app was deleted"})
 
 

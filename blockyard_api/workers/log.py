@@ -133,6 +133,10 @@ class Logs:
         log.closed = True
         return log
 
+    def grows(self, worker_id: str) -> bool:
+        """Whether somebody writes this worker's log."""
+        return worker_id in self._open
+
     def _path(self, worker_id: str) -> Path:
         return self._directory / f"{worker_id}.log"
 

@@ -114,9 +114,7 @@ class Server:
         return self.http.get(f"/api/v1/apps/{name}/runtime").json()
 
     def workers(self, name, *states):
-        return [
-            w for w in self.runtime(name)["workers"] if w["status"] in (states or ("starting", "active", "draining"))
-        ]
+        return [w for w in self.runtime(name)["workers"] if w["status"] in (states or ("active", "draining"))]
 
     def visitor(self):
         return Visitor(self)

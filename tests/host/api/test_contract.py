@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from running_pair import archive, simple_app, wait_for
+from running_pair import PATIENCE, archive, simple_app, wait_for
 
 ROUTES = {
     ("GET", "/healthz"),
@@ -189,6 +189,9 @@ def test_a_wrong_bundle_fails_with_a_sentence_and_leaves_nothing(pair, content):
     assert pair.http.get(f"/api/v1/tasks/{task}").json()["status"] == "failed"
     assert log.strip().endswith(".")
     assert "Traceback" not in log
+    failed = pair.http.get("/api/v1/apps/unpacked/bundles").json()["bundles"][0]
+    assert failed["reason"]
+    assert log.strip().endswith(f" {failed['reason']}")
     assert pair.http.get("/api/v1/apps/unpacked").json()["active_bundle"] is None
     assert deployed_nothing(pair)
 
@@ -253,6 +256,40 @@ def test_logs_are_followed_live_until_the_worker_ends(pair):
         pair.http.post("/api/v1/apps/chatty/disable")
         assert any("worker ended" in line for line in lines)
         assert list(lines) == []
+
+
+def test_a_log_that_is_followed_ends_with_its_readers_token(pair):
+    pair.deploy("followed", simple_app("message('it began')"))
+    assert pair.visitor().get("/app/followed/").status_code == 200
+    made = pair.http.post("/api/v1/users/me/tokens", json={"name": "reader"}).json()
+    headers = {"Authorization": f"Bearer {made['token']}"}
+    where = f"{pair.control_url}/api/v1/apps/followed/logs"
+    with httpx.stream("GET", where, headers=headers, timeout=60) as answer:
+        assert answer.headers["x-blockyard-worker"] == pair.workers("followed")[0]["id"]
+        lines = answer.iter_lines()
+        next(lines)
+        revoked = time.monotonic()
+        assert pair.http.delete(f"/api/v1/users/me/tokens/{made['id']}").status_code == 204
+        assert list(lines)[-1].endswith("the token was revoked")
+        assert time.monotonic() - revoked < 1 * PATIENCE
+    assert pair.workers("followed", "active")
+
+
+def test_a_stop_of_the_api_waits_for_nobody_who_follows_a_log(own_pair):
+    pair = own_pair()
+    pair.deploy("followed", simple_app("message('it began')"))
+    assert pair.visitor().get("/app/followed/").status_code == 200
+    with pair.http.stream("GET", "/api/v1/apps/followed/logs") as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        began = time.monotonic()
+        pair.api.send_signal(signal.SIGTERM)
+        assert "the server is stopping" in list(lines)[-1]  # and not a connection that breaks
+        assert pair.api.wait(60) == 0
+    assert time.monotonic() - began < 5 * PATIENCE
+    assert "Traceback" not in pair.log("api")
+    pair.start_api()
+    assert len(pair.workers("followed", "active")) == 1
 
 
 def test_a_token_is_shown_once_and_can_be_revoked(pair):

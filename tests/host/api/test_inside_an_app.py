@@ -1,10 +1,13 @@
 """What an app can see of the server that runs it: its whole tree is walked, and all that it can read is searched."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from inside import SEARCH, assert_walked_and_found_what_is_allowed, canary, look, walk
+from running_pair import USER, simple_app
 
 KNOWN, OF_THE_PAIR, OF_THE_CONFIGURATION = canary(), canary(), canary()
 
@@ -89,3 +92,41 @@ def test_no_secret_is_in_a_command_line(pair):
         assert OF_THE_CONFIGURATION not in line
         own += [line] if str(pair.config) in line else []
     assert len(own) >= 2  # those of both daemons were read
+
+
+LOOK_INTO = """
+import os, sys
+for name in ("environ", "mem", "maps", "fd"):
+    path = f"/proc/{sys.argv[1]}/{name}"
+    try:
+        os.listdir(path) if name == "fd" else os.close(os.open(path, os.O_RDONLY))
+        print(name, "open")
+    except OSError as error:
+        print(name, error.strerror)
+"""
+
+
+def as_the_api(*arguments):
+    """Word a command of the API's uid, without any capability."""
+    return ["setpriv", "--reuid", USER, "--regid", USER, "--clear-groups", "--no-new-privs", *map(str, arguments)]
+
+
+def looked_into(pid):
+    command = as_the_api(sys.executable, "-c", LOOK_INTO, pid)
+    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd="/", timeout=30).stdout
+    return dict(line.split(" ", 1) for line in told.splitlines())
+
+
+def test_not_even_another_process_of_its_uid_looks_into_the_api(pair):
+    pair.deploy("plain", simple_app())
+    assert pair.visitor().get("/app/plain/").status_code == 200  # nor does it need to itself
+    command = as_the_api(sys.executable, "-c", "print('here', flush=True); input()")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/") as ordinary:
+        assert ordinary.stdout.readline() == b"here\n"
+        assert set(looked_into(ordinary.pid).values()) == {"open"}
+        ordinary.communicate(b"\n")
+    seen = looked_into(pair.api.pid)
+    assert seen.keys() == {"environ", "mem", "maps", "fd"}
+    assert set(seen.values()) <= {"Permission denied", "Operation not permitted"}, seen
+    limits = Path(f"/proc/{pair.api.pid}/limits").read_text().splitlines()
+    assert next(line.split()[-3:-1] for line in limits if line.startswith("Max core file size")) == ["0", "0"]

@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -306,7 +307,29 @@ def test_an_app_without_bundle_says_so(pair):
     pair.http.patch("/api/v1/apps/empty", json={"access_type": "public"})
     answer = pair.visitor().get("/app/empty/")
     assert answer.status_code == 503
-    assert "no bundle yet" in answer.json()["message"]
+    assert "nothing to show yet" in answer.json()["message"]
+
+
+def test_a_bundle_that_is_gone_is_told_to_the_owner_and_not_to_visitors(pair):
+    bundle = pair.deploy("gone", simple_app())["bundle_id"]
+    shutil.rmtree(pair.state / "bundles" / bundle)
+    for visitor in (pair.visitor().get("/app/gone/"), pair.visitor().get("/app/gone/", browser=True)):
+        assert visitor.status_code == 503
+        assert "a reason that only its owner can see" in visitor.text
+        assert bundle not in visitor.text
+        assert str(pair.root) not in visitor.text
+    assert bundle in pair.runtime("gone")["workers"][0]["end_reason"]
+
+
+def test_a_bundle_that_workers_may_not_read_is_told_to_the_owner_and_not_to_visitors(pair):
+    bundle = pair.deploy("private", simple_app())["bundle_id"]
+    (pair.state / "bundles" / bundle).chmod(0o700)
+    answer = pair.visitor().get("/app/private/")
+    assert answer.status_code == 503
+    assert "could not start" in answer.json()["message"]
+    assert "ermission" not in answer.text
+    assert bundle not in answer.text
+    assert "ermission denied" in pair.runtime("private")["workers"][0]["end_reason"]
 
 
 def test_a_pool_that_is_used_up_is_told_and_nothing_leaks(own_pair):
@@ -315,7 +338,8 @@ def test_a_pool_that_is_used_up_is_told_and_nothing_leaks(own_pair):
     assert pair.visitor().get("/app/pool/").status_code == 200
     refused = pair.visitor().get("/app/pool/")
     assert refused.status_code == 503
-    assert "uid" in refused.json()["message"]
+    assert "uid" not in refused.text
+    assert "uid" in pair.runtime("pool")["workers"][-1]["end_reason"]
     assert len(list(pair.runtime_dirs())) == 1
     pair.http.post("/api/v1/apps/pool/disable")
     wait_for(lambda: not list(pair.runtime_dirs()), what="an empty runtime directory")

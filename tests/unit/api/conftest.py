@@ -1,12 +1,15 @@
 """A migrated database in a directory of its own, and a whole daemon around one."""
 
 import asyncio
+import contextlib
 import os
 import shutil
+import socket
 
 import pytest
 from running_control import Clock, Control, until
 
+from blockyard_api.http.server import server
 from blockyard_api.store import database, migrate
 
 
@@ -52,6 +55,22 @@ async def start(template, clock):
 @pytest.fixture
 async def control(start):
     return await start()
+
+
+@pytest.fixture
+async def listening(control):
+    """The control plane behind its own server, on a port."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    serving = server(control.asgi, 30, control.services.streams.stop)
+    with contextlib.ExitStack() as last:
+        last.callback(sock.close)
+        running = asyncio.create_task(serving.serve(sockets=[sock]))
+        await until(lambda: serving.started)
+        serving.address = sock.getsockname()
+        serving.running = running
+        yield serving
+        serving.should_exit = True
+        await running
 
 
 def _open():

@@ -101,7 +101,9 @@ async def test_an_upload_that_is_cut_off_leaves_nothing(control, app):
 async def test_an_app_deleted_during_its_deployment_fails_it_and_leaves_nothing(control, app):
     _, task = await upload(control, app)
     await control.catalog.delete(app)
-    assert (await over(control, task)).status == "failed"
+    told = await over(control, task)
+    assert told.status == "failed"
+    assert told.log.endswith("The app was deleted meanwhile; nothing was deployed.\n")
     assert not list((control.state / "bundles").iterdir())
     assert control.alive
 
@@ -136,6 +138,8 @@ async def test_the_daemon_ends_without_waiting_for_a_deployment_which_is_told_as
     await control.stop_daemon()
     await control.start_daemon()
     assert (await control.services.deployments.task(task)).status == "failed"
+    (failed,) = await control.services.deployments.list(app)
+    assert failed.reason == "The server was restarted meanwhile; deploy again."
     assert control.catalog.get(app.id).active_bundle is None
     assert bundle not in {path.name for path in (control.state / "bundles").iterdir()}
     assert not list((control.state / "uploads").iterdir())

@@ -30,6 +30,12 @@ async def refused(control, path="/app/plain/", **more):
     return answer
 
 
+async def why_refused(control, name="plain"):
+    """Be refused, and return what the app's owner is told."""
+    await refused(control, f"/app/{name}/")
+    return control.fleet.setback(control.catalog.named(name))
+
+
 # --- a spawner that misbehaves ---------------------------------------------------------------------------------------
 
 
@@ -90,7 +96,7 @@ async def test_a_wrong_reply_to_anything_else_does_not_end_the_daemon(control, c
 async def test_a_spawner_that_hangs_up_in_the_middle_of_a_spawn_is_told_and_forgiven(control, clock):
     await control.app()
     control.spawner.hang_up.add("spawn")
-    assert "spawner" in (await refused(control)).text
+    assert "spawner" in await why_refused(control)
     control.spawner.hang_up.clear()
     await clock.advance(5)
     assert await control.visit()
@@ -125,7 +131,7 @@ async def test_a_spawner_that_is_gone_is_told_at_once_and_found_again(control, c
     await control.app()
     visitor = await control.visit()
     control.spawner.stop()
-    assert "spawner" in (await refused(control)).text
+    assert "spawner" in await why_refused(control)
     assert (await control.ask("/app/plain/", visitor.cookie)).end().forwarded
     control.spawner.start()
     await clock.advance(5)
@@ -135,7 +141,7 @@ async def test_a_spawner_that_is_gone_is_told_at_once_and_found_again(control, c
 async def test_a_refusal_is_told_in_the_spawners_words_and_leaves_no_worker(control):
     await control.app()
     control.spawner.refuse = ("no_free_uid", "All uids are in use.")
-    assert "All uids are in use." in (await refused(control)).text
+    assert "All uids are in use." in await why_refused(control)
     assert not control.fleet.all()
 
 
@@ -206,7 +212,7 @@ async def test_an_answer_that_is_not_http_is_no_readiness(start, clock):
 async def test_a_worker_of_another_uid_at_the_socket_is_ended_as_an_impostor(control):
     await control.app()
     control.spawner.uid += 1
-    assert "impostor" in (await refused(control)).text
+    assert "impostor" in await why_refused(control)
     assert not control.spawner.running()
 
 
@@ -409,7 +415,7 @@ async def test_while_the_daemon_stops_no_worker_is_started(control):
 async def test_placing_before_the_adoption_is_an_error_with_a_sentence(control):
     made = await control.app()
     control.fleet.adopted.clear()
-    with pytest.raises(Unavailable, match="not adopted"):
+    with pytest.raises(Unavailable, match="only just starting"):
         control.fleet.place(made, "key", "192.0.2.1")
     control.fleet.adopted.set()
 

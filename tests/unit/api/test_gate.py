@@ -8,6 +8,7 @@ import sqlite3
 
 import pytest
 from running_control import head, until
+from sqlalchemy import text
 
 from blockyard_api.sessions import issuer
 from blockyard_api.workers.life import State
@@ -540,6 +541,65 @@ async def test_the_sandboxs_own_words_are_for_the_owner_and_not_for_visitors(con
     assert told.status == 503
     assert "could not start" in told.text
     assert "/secret/path" not in told.text
+
+
+SECRET = "Check bundles/0123abcd in /srv/secret/state, without links: No such file or directory."
+
+
+async def told_twice(control, name="plain"):
+    """What a program and a person are told by a start that fails, and by the next, which is not tried yet."""
+    first = await control.ask(f"/app/{name}/")
+    await control.quiet()
+    again = await control.ask(f"/app/{name}/", html=True)
+    assert (first.status, again.status) == (503, 503)
+    return f"{first.text}\n{again.text}"
+
+
+async def reason(control):
+    async with control.services.database.begin() as connection:
+        return await connection.scalar(text("SELECT end_reason FROM workers"))
+
+
+@pytest.mark.parametrize("code", ["bundle_missing", "system_error"])
+async def test_why_the_spawner_refuses_is_for_the_owner_and_not_for_visitors(control, code):
+    await control.app()
+    control.spawner.refuse = (code, SECRET)
+    told = await told_twice(control)
+    assert "could not start: ended for a reason that only its owner can see. It is tried again in" in told
+    assert "secret" not in told
+    assert "0123abcd" not in told
+    assert "/srv/secret/state" in await reason(control)
+
+
+async def test_that_a_backend_has_no_helper_is_for_the_owner_and_not_for_visitors(start):
+    control = await start('docker.spawner_socket = "/run/nobody/listens.sock"')
+    await control.app(backend="docker")
+    told = await told_twice(control)
+    assert "only its owner can see" in told
+    for internal in ("listens.sock", "systemctl", "spawner"):
+        assert internal not in told
+    assert "/run/nobody/listens.sock" in await reason(control)
+
+
+async def test_how_an_impostor_was_found_out_is_not_told_to_visitors(control):
+    await control.app()
+    visitor = await control.visit()
+    worker = control.worker_of(visitor)
+    worker.socket.betrayed("the socket belongs to uid 60017, not to the worker's 60018")
+    await worker.ended.wait()
+    told = await control.ask("/app/plain/", visitor.cookie, html=True)
+    assert told.status == 502
+    assert "The app was ended: it ended for a reason that only its owner can see." in told.text
+    assert "60017" in worker.end_reason
+
+
+async def test_visitors_of_an_app_without_a_bundle_read_no_command(control):
+    await control.app(access_type="public")
+    await control.change("plain", active_bundle=None)
+    told = await control.ask("/app/plain/", html=True)
+    assert told.status == 503
+    assert "nothing to show yet" in told.text
+    assert "deploy" not in told.text
 
 
 async def test_a_hostile_title_is_inert_in_the_loading_page(control):

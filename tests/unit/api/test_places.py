@@ -161,7 +161,7 @@ class Places:
             current = [worker for worker in self.control.fleet.of(app.id) if worker.bundle_id == app.active_bundle]
             free = sum(worker.capacity - len(worker.slots) for worker in current)
             full = len(current) >= most or self.control.fleet.count >= MOST_WORKERS
-            assert full or free >= app.pre_warmed_sessions or self.control.fleet.failure(app)
+            assert full or free >= app.pre_warmed_sessions or self.control.fleet.setback(app)
 
     def the_fleet_knows_exactly_the_workers_that_run(self):
         running = {worker.id for worker in self.control.spawner.running()}

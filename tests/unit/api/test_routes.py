@@ -1,6 +1,7 @@
 """The control plane as an ASGI application: whatever is sent, the answer has the contract's shape and no traceback."""
 
 import asyncio
+import contextlib
 import json
 
 import httpx
@@ -8,6 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running_control import Control, until
+from sqlalchemy import insert
+
+from blockyard_api.store.tables import users
 
 HOSTILE = [
     "", ".", "..", "../..", "%00", "\0", "a\nb", "\r\nX: y", "'; DROP TABLE apps; --", '"><script>', "{{7*7}}", "${x}",
@@ -105,12 +109,18 @@ def test_whatever_is_sent_to_whatever_route_is_answered_in_the_contracts_shape(t
             runner.run(control.close())
 
 
-@pytest.fixture
-async def client(control):
+@contextlib.asynccontextmanager
+async def client_of(control):
     transport = httpx.ASGITransport(control.asgi)
     _, plain = await control.services.tokens.create("admin", "test")
     headers = {"Authorization": f"Bearer {plain}"}
     async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def client(control):
+    async with client_of(control) as opened:
         yield opened
 
 
@@ -209,3 +219,124 @@ async def test_a_worker_that_ends_while_it_is_looked_at_is_shown_once(control, c
         worker.end("idle")
         await worker.ended.wait()
     assert [look.result() for look in looking] == [[(worker.id, "ended")]] * 3
+
+
+async def shown_as(client):
+    app = (await client.get("/api/v1/apps/plain")).json()
+    return app["status"], app["setback"]
+
+
+@pytest.mark.parametrize("warm", [False, True])
+async def test_an_app_that_fails_at_every_start_is_stopped_and_says_why(control, client, clock, warm):
+    await control.app()
+    control.spawner.words = b"bwrap: no such program\n"
+    control.spawner.serves = False
+    for attempt in range(3):
+        visit = None if warm else asyncio.create_task(control.ask("/app/plain/"))
+        await control.change("plain", pre_warmed_sessions=int(warm))
+        (worker,) = await until(control.spawner.running)
+        await until(lambda worker=worker: control.fleet.find(worker.id).socket is not None)
+        assert (await shown_as(client))[0] == ("stopped" if attempt else "running")
+        control.spawner.exit(worker.id, 1)
+        await control.quiet()
+        if visit:
+            await visit
+        status, setback = await shown_as(client)
+        assert status == "stopped"
+        assert setback == "The app could not start: exited with status 1; bwrap: no such program."
+        await clock.advance(30)
+    control.spawner.serves = True
+    await control.visit()
+    assert await shown_as(client) == ("running", None)
+
+
+async def test_why_an_app_fails_is_not_told_to_those_who_may_merely_open_it(control, client):
+    await control.app(access_type="logged_in")
+    async with control.services.database.begin() as connection:
+        await connection.execute(insert(users).values(sub="guest", role="viewer", created_at=0))
+    _, plain = await control.services.tokens.create("guest", "t")
+    control.spawner.refuse = ("bundle_missing", "Check /srv/state.")
+    owner = client.headers["Authorization"].encode()
+    assert (await control.ask("/app/plain/", authorization=owner)).status == 503
+    await control.quiet()
+    assert "/srv/state" in (await shown_as(client))[1]
+    client.headers["Authorization"] = f"Bearer {plain}"
+    assert await shown_as(client) == ("stopped", None)
+
+
+async def test_a_worker_that_does_not_serve_yet_is_named_apart_from_the_contracts_states(control, client):
+    await control.app()
+    control.spawner.serves = False
+    asking = asyncio.create_task(control.ask("/app/plain/"))
+    (worker,) = await until(control.spawner.running)
+    runtime = (await client.get("/api/v1/apps/plain/runtime")).json()
+    assert (runtime["workers"], runtime["starting"]) == ([], [worker.id])
+    await control.spawner.serve(worker.id)
+    (await asking).end()
+    runtime = (await client.get("/api/v1/apps/plain/runtime")).json()
+    assert [each["status"] for each in runtime["workers"]] == ["active"]
+    assert runtime["starting"] == []
+
+
+async def test_whoever_deploys_reads_how_it_ended_though_the_app_is_deleted_meanwhile(control, client, monkeypatch):
+    go_on = asyncio.Event()
+
+    async def unpack(_archive, _destination):
+        await go_on.wait()
+        raise OSError(2, "No such file or directory")
+
+    monkeypatch.setattr("blockyard_api.bundles.deploy.unpack", unpack)
+    await control.catalog.create("plain", "admin")
+    task = (await client.post("/api/v1/apps/plain/bundles", content=b"x")).json()["task_id"]
+    assert (await client.delete("/api/v1/apps/plain")).status_code == 204
+    assert (await client.get(f"/api/v1/tasks/{task}")).json()["status"] == "running"
+    go_on.set()
+    log = (await client.get(f"/api/v1/tasks/{task}/logs")).text
+    assert log.endswith("The app was deleted meanwhile; nothing was deployed.\n")
+    assert (await client.get(f"/api/v1/tasks/{task}")).json()["status"] == "failed"
+
+
+async def test_why_a_deployment_failed_can_be_looked_up_later(control, client):
+    await control.catalog.create("plain", "admin")
+    task = (await client.post("/api/v1/apps/plain/bundles", content=b"no archive")).json()["task_id"]
+    log = (await client.get(f"/api/v1/tasks/{task}/logs")).text
+    (bundle,) = (await client.get("/api/v1/apps/plain/bundles")).json()["bundles"]
+    assert bundle["status"] == "failed"
+    assert bundle["reason"] == log.splitlines()[-1].partition(" ")[2]
+
+
+async def refused(client, changes, status, code):
+    before = (await client.get("/api/v1/apps/plain")).json()
+    answer = await client.patch("/api/v1/apps/plain", json=changes)
+    assert (answer.status_code, answer.json()["error"]) == (status, code), answer.text
+    assert (await client.get("/api/v1/apps/plain")).json() == before
+    return answer.json()["message"]
+
+
+async def test_an_app_is_not_moved_to_a_backend_that_nobody_answers_for(control, client):
+    await control.app()
+    told = await refused(client, {"backend": "docker"}, 503, "backend_unavailable")
+    assert "spawner-docker.socket" in told
+    assert (await client.patch("/api/v1/apps/plain", json={"backend": "process"})).status_code == 200
+    control.spawner.stop()
+    assert (await client.patch("/api/v1/apps/plain", json={"backend": None})).status_code == 200  # it stays there
+    control.spawner.start()
+
+
+@pytest.mark.parametrize(
+    ("present", "changes", "most"),
+    [
+        ({}, {"pre_warmed_sessions": 4, "max_workers_per_app": 3}, 3),
+        ({"max_workers_per_app": 2}, {"pre_warmed_sessions": 3}, 2),
+        ({"max_workers_per_app": 9}, {"pre_warmed_sessions": 6}, 5),
+        ({"pre_warmed_sessions": 4, "max_sessions_per_worker": 2}, {"max_workers_per_app": 1}, 2),
+    ],
+)
+async def test_more_warm_places_than_there_can_be_are_refused(start, present, changes, most):
+    control = await start("proxy.max_workers = 5")
+    await control.catalog.change(await control.catalog.create("plain", "admin"), present)
+    async with client_of(control) as client:
+        assert f"at most {most} here" in await refused(client, changes, 400, "too_many_pre_warmed")
+        assert (await client.patch("/api/v1/apps/plain", json={"title": "still mine"})).status_code == 200
+        enough = {"pre_warmed_sessions": 10, "max_workers_per_app": 5, "max_sessions_per_worker": 2}
+        assert (await client.patch("/api/v1/apps/plain", json=enough)).status_code == 200

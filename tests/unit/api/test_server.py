@@ -3,27 +3,10 @@
 import asyncio
 import contextlib
 import json
-import socket
 import tracemalloc
 
 import pytest
 from running_control import until
-
-from blockyard_api.http.server import server
-
-
-@pytest.fixture
-async def listening(control):
-    sock = socket.create_server(("127.0.0.1", 0))
-    serving = server(control.asgi, 1)
-    with contextlib.ExitStack() as last:
-        last.callback(sock.close)
-        running = asyncio.create_task(serving.serve(sockets=[sock]))
-        await until(lambda: serving.started)
-        serving.address = sock.getsockname()
-        yield serving
-        serving.should_exit = True
-        await running
 
 
 @pytest.fixture
