@@ -13,9 +13,11 @@ _MOST_CONNECTIONS = 2000
 _MOST_OF_ONE_ADDRESS = 500  # a proxy in front of all is one, too
 _HEAD_WITHIN = 30.0  # seconds from a connection's, or a request's, first moment to the end of its head
 _MOST_HEAD = 65536  # bytes
-_MOST_BODY = 1 << 20  # bytes; of all routes but the upload, which has its own bound, and knows by then who sends
-_BODY_GOES_ON_WITHIN = 60.0  # seconds of silence
+_MOST_BODY = 65536  # bytes; of all routes but the upload, which has its own bound, and knows by then who sends
+_MOST_OF_A_STRANGER = 1024  # bytes, where nobody has a token yet
+_BODY_WITHIN = 60.0  # seconds for a body; of an upload, for each piece
 _UPLOAD = re.compile(r"/api/v1/apps/[^/]+/bundles")
+_BOOTSTRAP = "/api/v1/bootstrap"
 
 
 def server(control_plane: ASGIApp, shutdown_timeout: float) -> uvicorn.Server:
@@ -101,7 +103,7 @@ def _address(connection: object) -> str | None:
 
 
 class _BoundedBodies:
-    """Ends a request whose body grows too large, or does not go on, before anybody is asked who sends it."""
+    """Ends a request whose body is too large, or does not come in time, before anybody parses it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -110,22 +112,36 @@ class _BoundedBodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        bounded = not _UPLOAD.fullmatch(scope["path"])
+        most = _most(scope["path"])
+        announced = int(dict(scope["headers"]).get(b"content-length", 0))  # the parser refuses what is no number
         size, whole = 0, False
+        now = asyncio.get_running_loop().time
+        due = now() + _BODY_WITHIN
 
         async def bounded_receive() -> Message:
             nonlocal size, whole
             if whole:  # what comes now is the client's leaving, and that may take its time
                 return await receive()
+            _check(announced, most)  # not sooner: who reads no body need not mind its size
             try:
-                async with asyncio.timeout(_BODY_GOES_ON_WITHIN):
+                async with asyncio.timeout_at(now() + _BODY_WITHIN if most is None else due):
                     message = await receive()
             except TimeoutError:
                 return {"type": "http.disconnect"}
             whole = not message.get("more_body", False)
             size += len(message.get("body", b""))
-            if bounded and size > _MOST_BODY:
-                raise HTTPException(413, "Send a body of at most 1 MB")
+            _check(size, most)
             return message
 
         await self._app(scope, bounded_receive, send)
+
+
+def _most(path: str) -> int | None:
+    if _UPLOAD.fullmatch(path):
+        return None
+    return _MOST_OF_A_STRANGER if path == _BOOTSTRAP else _MOST_BODY
+
+
+def _check(size: int, most: int | None) -> None:
+    if most is not None and size > most:
+        raise HTTPException(413, f"Send a body of at most {most >> 10} KB")

@@ -7,8 +7,10 @@ import socket
 import tracemalloc
 
 import pytest
+from pydantic import ValidationError
 from running_control import until
 
+from blockyard_api.http.models import AppChanges
 from blockyard_api.http.server import server
 
 
@@ -42,7 +44,9 @@ async def connect(listening):
 async def refused(reader, status):
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     assert int(head.split()[1]) == status, head
-    assert set(json.loads(body)) == {"error", "message"}
+    told = json.loads(body)
+    assert set(told) == {"error", "message"}
+    return told
 
 
 async def ok(connect, request=b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"):
@@ -130,10 +134,9 @@ async def test_a_head_above_the_bound_is_told_in_the_contracts_shape(connect):
 
 async def test_a_large_body_glued_to_its_head_is_not_taken_for_one(connect):
     body = b" " * 300_000
-    head = b"POST /api/v1/apps HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     reader, writer = await connect()
-    writer.write(head + body)
-    await refused(reader, 401)  # and not 431
+    writer.write(b"POST /api/v1/apps HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    assert (await reader.readuntil(b"\r\n")).split()[1] == b"401"  # and not 431
 
 
 @pytest.mark.parametrize("sent", [b"\x00\x01\x02\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"CONNECT x:1 HTTP/1.1\r\n\r\n"])
@@ -143,20 +146,76 @@ async def test_what_is_no_request_is_refused_in_the_contracts_shape(connect, sen
     await refused(reader, 400)
 
 
+async def token(control):
+    return (await control.services.tokens.create("admin", "t"))[1].encode()
+
+
+def framed(body, framing):
+    if framing == "length":
+        return b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    return b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+
+
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-@pytest.mark.parametrize("path", [b"/api/v1/bootstrap", b"/api/v1/apps", b"/api/v1/users/me/tokens"])
-async def test_a_strangers_body_is_read_up_to_a_bound_and_no_further(connect, path, framing):
+@pytest.mark.parametrize(("path", "most"), [(b"bootstrap", 1024), (b"apps", 65536), (b"users/me/tokens", 65536)])
+async def test_a_body_is_taken_up_to_a_bound_and_no_further(control, connect, path, most, framing):
+    head = b"POST /api/v1/%b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" % path
+    head += b"Connection: close\r\nAuthorization: Bearer %b\r\n" % await token(control)
+    for more, status in ((0, 400), (1, 413)):
+        reader, writer = await connect()
+        writer.write(head + framed(b'{"a": 1}'.ljust(most + more), framing))
+        await refused(reader, status)
+
+
+async def test_a_body_announced_as_too_large_is_refused_before_it_comes(connect):
     reader, writer = await connect()
-    head = b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    head += b"Content-Length: 100000000\r\n\r\n" if framing == "length" else b"Transfer-Encoding: chunked\r\n\r\n"
-    writer.write(head)
-    answer = asyncio.create_task(refused(reader, 413))
-    piece = b" " * 65536
-    with contextlib.suppress(ConnectionError):
-        for _ in range(17):
-            writer.write(piece if framing == "length" else b"10000\r\n" + piece + b"\r\n")
-            await writer.drain()
-    await answer
+    writer.write(b"POST /api/v1/bootstrap HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1025\r\n\r\n")
+    await refused(reader, 413)
+
+
+@pytest.mark.parametrize("secret", [b"", b"Authorization: Bearer by_wrong\r\n"])
+@pytest.mark.parametrize(
+    "request_line", [b"POST /api/v1/apps", b"PATCH /api/v1/apps/x", b"POST /api/v1/users/me/tokens"]
+)
+async def test_who_calls_is_asked_before_the_body_is_read(connect, request_line, secret):
+    reader, writer = await connect()
+    writer.write(request_line + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%bContent-Length: 9\r\n\r\n" % secret)
+    await refused(reader, 401)
+
+
+async def test_no_body_of_strangers_is_parsed_but_small_ones_and_others_are_answered_meanwhile(connect, monkeypatch):
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda text, **more: parsed.append(len(text)) or loads(text, **more))
+    body = b"{" + b",".join(b'"%06d":0' % number for number in range(100_000)) + b"}"
+    strangers = []
+    for path in (b"/api/v1/bootstrap", b"/api/v1/apps", b"/api/v1/users/me/tokens", b"/api/v1/apps/x/rollback") * 3:
+        strangers.append(await connect())
+        strangers[-1][1].write(
+            b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+            % (path, len(body), body)
+        )
+    await ok(connect)
+    for reader, _ in strangers:
+        assert (await reader.readuntil(b"\r\n")).split()[1] in (b"401", b"413")
+    assert not [size for size in parsed if size > 1024]
+
+
+def test_unknown_keys_make_one_error_however_many_they_are():
+    with pytest.raises(ValidationError) as refusal:
+        AppChanges.model_validate({f"{number}\ud800": 0 for number in range(1000)})
+    assert refusal.value.error_count() == 1
+
+
+async def test_an_unknown_key_is_named_in_the_contracts_shape(control, connect):
+    reader, writer = await connect()
+    writer.write(
+        b"POST /api/v1/apps HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        b"Authorization: Bearer %b\r\n"
+        % await token(control)
+        + framed(b'{"name": "a", "\\ud800{colour}": 1}', "length")
+    )
+    assert "colour" in (await refused(reader, 400))["message"]
 
 
 async def test_a_body_that_does_not_go_on_is_given_up(connect, clock):
