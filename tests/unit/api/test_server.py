@@ -9,6 +9,7 @@ import tracemalloc
 import pytest
 from pydantic import ValidationError
 from running_control import until
+from uvicorn.protocols.http import httptools_impl
 
 from blockyard_api.http.models import AppChanges
 from blockyard_api.http.server import server
@@ -79,6 +80,16 @@ async def test_one_address_cannot_take_all_connections(listening, connect):
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert (await reader.read()).startswith(b"HTTP/1.1 200")
     writer.close()
+
+
+async def test_the_addresses_of_one_ipv6_network_share_their_connections(connect, monkeypatch):
+    peers = iter([*(f"2001:db8::{number:x}" for number in range(501)), "2001:db8:0:1::1"])
+    monkeypatch.setattr(httptools_impl, "get_remote_addr", lambda _: (next(peers), 1))
+    for _ in range(500):
+        await connect()
+    reader, _ = await connect()
+    assert (await reader.read()).startswith(b"HTTP/1.1 429")
+    await ok(connect)
 
 
 async def test_a_thousand_idle_connections_are_gone_after_a_while_and_hold_up_nobody_meanwhile(
@@ -216,6 +227,95 @@ async def test_an_unknown_key_is_named_in_the_contracts_shape(control, connect):
         + framed(b'{"name": "a", "\\ud800{colour}": 1}', "length")
     )
     assert "colour" in (await refused(reader, 400))["message"]
+
+
+async def answered(reader):
+    """Read the answer to GET /healthz, and no further."""
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    assert await reader.readexactly(2) == b"ok"
+
+
+@pytest.mark.parametrize("more", [b"", b"a", b"a" * 300_000])
+async def test_a_body_that_does_not_end_after_its_answer_ends_the_connection(listening, connect, clock, more):
+    reader, writer = await connect()
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+    await answered(reader)
+    writer.write(more)
+    await asyncio.sleep(0.05)  # until that is read
+    await clock.advance(11)
+    assert await reader.read() == b""
+    await until(lambda: not listening.server_state.connections)
+
+
+async def test_a_body_that_ends_soon_after_its_answer_leaves_the_connection_to_the_next_request(connect, clock):
+    reader, writer = await connect()
+    for _ in range(2):
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\na")
+        await answered(reader)
+        writer.write(b"bc")
+        await asyncio.sleep(0.05)
+        await clock.advance(11)
+
+
+@pytest.mark.parametrize("more", [b"", b"\r\n", b"\r\n\r\n"])
+async def test_an_idle_connection_ends_whatever_comes_that_is_no_request(listening, connect, clock, more):
+    reader, writer = await connect()
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    await answered(reader)
+    writer.write(more)
+    await asyncio.sleep(0.05)
+    await clock.advance(76)
+    assert await reader.read() == b""
+    await until(lambda: not listening.server_state.connections)
+
+
+async def test_an_answer_is_read_although_the_request_goes_on_and_the_connection_closes(connect):
+    reader, writer = await connect()
+    writer.write(
+        b"POST /api/v1/apps HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 90000000\r\n\r\n"
+        + bytes(9_000_000)
+    )
+    await refused(reader, 401)
+
+
+@pytest.mark.parametrize("last", [b"", b"Connection: close\r\n"])
+@pytest.mark.parametrize("requests", [1, 20])
+async def test_who_takes_nothing_of_his_answers_is_not_waited_for_for_ever(listening, clock, requests, last):
+    (accepting,) = listening.servers[0].sockets
+    accepting.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with socket.socket() as stalled:
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.connect(listening.address)
+        stalled.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n%b\r\n" % last * requests)
+        connections = listening.server_state.connections
+        await until(lambda: [one for one in connections if one.transport.get_write_buffer_size()])
+        for _ in range(3):  # uvicorn's own timer for what comes next may fire first
+            await clock.advance(80)
+            await asyncio.sleep(0.05)
+        await until(lambda: not connections)
+
+
+@pytest.mark.parametrize("line", [b"X-A: b\r\n", b"X: " + b"y" * 5000 + b"\r\n"])
+async def test_trailers_without_end_are_not_kept(connect, line):
+    tracemalloc.start()
+    _, writer = await connect()
+    writer.write(b"POST /api/v1/bootstrap HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
+    with contextlib.suppress(ConnectionError):
+        for _ in range(200):
+            writer.write(line * (200_000 // len(line)))
+            await writer.drain()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20 << 20  # of 40 MB that were sent
+    await ok(connect)
+
+
+async def test_a_request_under_way_when_a_body_ends_is_no_part_of_that_body(connect):
+    reader, writer = await connect()
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + bytes(100_000) + b"GET /he")
+    await answered(reader)
+    writer.write(b"althz HTTP/1.1\r\nHost: x\r\n\r\n")
+    await answered(reader)
 
 
 async def test_a_body_that_does_not_go_on_is_given_up(connect, clock):
