@@ -264,6 +264,12 @@ class Deployments:
                     await self._remove(bundle.id)
         await self._catalog.purge(before)
 
+    async def prune_tasks(self, retention: float) -> None:
+        """Forget deployments that began `retention` seconds ago and are over."""
+        old = (tasks.c.status != "running") & (tasks.c.created_at < time.time() - retention)
+        async with self._database.begin() as connection:
+            await connection.execute(delete(tasks).where(old))
+
     async def recover(self) -> None:
         """Clear up after a death in the middle: half uploads go, half deployments are told as failed."""
         unfinished = bundles.c.status.in_(["pending", "building"])
