@@ -25,11 +25,13 @@ from blockyard_api.http.services import Services
 from blockyard_api.http.streams import Streams
 from blockyard_api.identity.tokens import Tokens
 from blockyard_api.relay.server import Relay
+from blockyard_api.sessions import views
 from blockyard_api.sessions.address import Addresses
 from blockyard_api.sessions.gate import AppGate
 from blockyard_api.sessions.registry import Session, Sessions
 from blockyard_api.settings import Settings
 from blockyard_api.store import database
+from blockyard_api.workers import past
 from blockyard_api.workers.fleet import Fleet
 from blockyard_api.workers.log import Logs
 
@@ -118,7 +120,7 @@ async def running(
         )
         adopting = tasks.create_task(_adopt(fleet, sessions, log_pipes))
         keeping = tasks.create_task(
-            _keep_house(settings, fleet, sessions, catalog, deployments, logs, checks, log_pipes)
+            _keep_house(settings, store, fleet, sessions, catalog, deployments, logs, checks, log_pipes)
         )
         try:
             yield Built(application.build(services), relay, checks, streams)
@@ -153,6 +155,7 @@ async def _take_over(fleet: Fleet, sessions: Sessions, log_pipes: dict[str, int]
 
 async def _keep_house(
     settings: Settings,
+    store: database.Database,
     fleet: Fleet,
     sessions: Sessions,
     catalog: Catalog,
@@ -179,6 +182,9 @@ async def _keep_house(
             clean_at = loop.time() + _CLEAN_EVERY
             await _try(partial(logs.prune, settings.proxy.log_retention))
             await _try(deployments.purge_deleted)
+            await _try(partial(deployments.prune_tasks, settings.proxy.log_retention))
+            await _try(partial(views.fold, store))
+            await _try(partial(past.prune, store, settings.proxy.log_retention))
         await asyncio.sleep(period)
 
 

@@ -19,8 +19,9 @@ from blockyard_api.clock import rfc3339
 from blockyard_api.errors import BlockyardError, Conflict, NotFound, OutOfSpace, TooLarge
 from blockyard_api.settings import Storage
 from blockyard_api.store.database import Database, StoreUnavailable
-from blockyard_api.store.tables import bundles, tasks
+from blockyard_api.store.tables import bundles, tasks, workers
 from blockyard_api.workers.fleet import Fleet
+from blockyard_api.workers.life import State
 
 DELETED_APPS_KEPT = 30 * 86400.0  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -246,6 +247,10 @@ class Deployments:
         """Delete the oldest bundles beyond the retention; never the active one, a pinned one, or one in use."""
         app = self._catalog.get(app_id)
         in_use = {worker.bundle_id for worker in self._fleet.of(app_id)} | {app.active_bundle}
+        # nor one of a worker of an earlier run, which the fleet may not have taken over yet
+        alive = select(workers.c.bundle_id).where(workers.c.app_id == app_id, workers.c.status != State.ENDED.value)
+        async with self._database.begin() as connection:
+            in_use.update((await connection.scalars(alive)).all())
         kept = [bundle for bundle in await self.list(app) if bundle.status in ("ready", "failed")]
         for bundle in kept[self._settings.bundle_retention :]:
             if bundle.id not in in_use and not bundle.pinned:
@@ -265,6 +270,12 @@ class Deployments:
                     await self._remove(bundle.id)
         await self._catalog.purge(before)
 
+    async def prune_tasks(self, retention: float) -> None:
+        """Forget deployments that began `retention` seconds ago and are over."""
+        old = (tasks.c.status != "running") & (tasks.c.created_at < time.time() - retention)
+        async with self._database.begin() as connection:
+            await connection.execute(delete(tasks).where(old))
+
     async def recover(self) -> None:
         """Clear up after a death in the middle: half uploads go, half deployments are told as failed."""
         unfinished = bundles.c.status.in_(["pending", "building"])
@@ -279,9 +290,14 @@ class Deployments:
 
 
 def _clear(uploads: Path, directory: Path, ready: set[str]) -> None:
-    for path in uploads.iterdir():
-        path.unlink()
-    for path in directory.iterdir():
-        if path.name not in ready:
-            with contextlib.suppress(FileNotFoundError):
+    """Remove what is no bundle; what cannot be removed, such as a file system's lost+found, does not stop the start."""
+    for path in (*uploads.iterdir(), *directory.iterdir()):
+        if path.parent == directory and path.name in ready:
+            continue
+        try:
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError as error:
+            log.warning("%s is no bundle and cannot be removed: %s", path, error)

@@ -4,10 +4,10 @@ from fastapi import APIRouter, Response
 
 from blockyard_api.clock import rfc3339
 from blockyard_api.http.models import Bootstrap, NewToken, PlainToken, TokenBody, TokenList, UserBody
-from blockyard_api.http.services import Caller, ClientAddress, Provided
+from blockyard_api.http.services import Caller, CallerFirst, ClientAddress, Provided
 from blockyard_api.identity.tokens import DAY, Token
 
-router = APIRouter(prefix="/api/v1", tags=["account"])
+router = APIRouter(prefix="/api/v1", tags=["account"], route_class=CallerFirst)
 
 
 def _fields(token: Token) -> dict[str, str | None]:

@@ -14,13 +14,13 @@ from blockyard_api.clock import rfc3339
 from blockyard_api.errors import BadRequest, Forbidden, NotFound, Unavailable
 from blockyard_api.host import accounting
 from blockyard_api.http.models import AppBody, AppChanges, AppList, NewApp, Runtime, SessionBody, Stats, WorkerBody
-from blockyard_api.http.services import MAY_CHANGE, Caller, OwnApp, Provided, Services, VisibleApp
+from blockyard_api.http.services import MAY_CHANGE, Caller, CallerFirst, OwnApp, Provided, Services, VisibleApp
 from blockyard_api.identity.tokens import Principal
 from blockyard_api.store.tables import workers as workers_table
 from blockyard_api.workers.fleet import Fleet, Worker
 from blockyard_api.workers.life import State
 
-router = APIRouter(prefix="/api/v1/apps", tags=["apps"])
+router = APIRouter(prefix="/api/v1/apps", tags=["apps"], route_class=CallerFirst)
 
 _ENDED_SHOWN = 20
 _SAMPLE = 0.2  # seconds between the two readings of a CPU counter

@@ -11,10 +11,10 @@ from blockyard_api.clock import rfc3339
 from blockyard_api.errors import BadRequest, NotFound
 from blockyard_api.http.apps import get
 from blockyard_api.http.models import Accepted, AppBody, BundleBody, BundleList, Rollback, TaskBody
-from blockyard_api.http.services import MAY_CHANGE, Caller, OwnApp, Provided, Services
+from blockyard_api.http.services import MAY_CHANGE, Caller, CallerFirst, OwnApp, Provided, Services
 from blockyard_api.identity.tokens import Principal
 
-router = APIRouter(prefix="/api/v1", tags=["bundles"])
+router = APIRouter(prefix="/api/v1", tags=["bundles"], route_class=CallerFirst)
 
 _UPLOAD = {
     "requestBody": {

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 Text = Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Lines = Annotated[str, StringConstraints(max_length=10_000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f]*$")]
@@ -12,6 +13,14 @@ class Closed(BaseModel):
     """A request body: keys that are not named here are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: object) -> object:
+        """Refuse all unknown keys with one error: pydantic alone builds one for each."""
+        if isinstance(given, dict) and (unknown := given.keys() - cls.model_fields.keys()):
+            raise PydanticCustomError("unknown_key", "there is no key {key}", {"key": f"{min(unknown)!r:.100}"})
+        return given
 
 
 class ErrorBody(BaseModel):

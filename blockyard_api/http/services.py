@@ -1,10 +1,12 @@
 """What the routes work with, and who calls them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from blockyard_api.apps.catalog import App, Catalog
@@ -113,3 +115,23 @@ Visitor = Annotated[Principal | None, Depends(visitor)]
 Administrator = Annotated[Principal, Depends(administrator)]
 VisibleApp = Annotated[App, Depends(visible_app)]
 OwnApp = Annotated[App, Depends(own_app)]
+
+
+class CallerFirst(APIRoute):
+    """A route that asks who calls before it reads the body: FastAPI alone would parse a stranger's first."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what answers a request."""
+        answer = super().get_route_handler()
+        if self.body_field is None or not _asks_who_calls(self.dependant):
+            return answer
+
+        async def known(request: Request) -> Response:
+            caller(await visitor(request, await _bearer(request)))
+            return await answer(request)
+
+        return known
+
+
+def _asks_who_calls(dependant: Dependant) -> bool:
+    return dependant.call is caller or any(map(_asks_who_calls, dependant.dependencies))

@@ -5,7 +5,6 @@ WebSocket, longer after a WebSocket dropped, so that its owner finds his state a
 """
 
 import asyncio
-import hashlib
 import logging
 import secrets
 import time
@@ -13,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Executable, bindparam, func, insert, select, update
+from sqlalchemy import Executable, bindparam, insert, select, update
 
 from blockyard_api.apps.catalog import App
 from blockyard_api.errors import TooMany
 from blockyard_api.identity.allowance import Allowance
 from blockyard_api.identity.tokens import Principal, digest
 from blockyard_api.relay.origin import neighbourhood
+from blockyard_api.sessions.views import Views, count
 from blockyard_api.settings import Proxy
 from blockyard_api.store.database import Database, dispensable
 from blockyard_api.store.tables import sessions as table
@@ -30,7 +30,6 @@ from blockyard_api.workers.life import State
 PAGE_WINDOW = 15.0  # seconds between a page and its WebSocket: a crawler holds a slot no longer
 _BURST, _PER_SECOND = 30, 3.0  # new sessions of one client address; assets and known visitors are not counted
 _ISSUERS_KEPT = 32  # pages that one visitor has open at once, while there are several bundles of an app
-_RECENT = 7 * 86400.0
 
 log = logging.getLogger(__name__)
 
@@ -74,15 +73,6 @@ class Session:
         """End all WebSockets at once."""
         for _, close in list(self.sockets.values()):
             close()
-
-
-@dataclass(frozen=True, slots=True)
-class Views:
-    """How often an app was opened."""
-
-    total: int
-    recent: int  # 7 days
-    visitors: int
 
 
 def holder(principal: Principal | None, client: str) -> str:
@@ -197,13 +187,13 @@ class Sessions:
         )
         self._sessions[key] = session
         self.let_lapse(session, dropped=False)
-        visitor = principal.sub if principal else hashlib.sha256(f"{client}\n{agent}".encode()).hexdigest()
+        visitor = digest(principal.sub if principal else f"{client}\n{agent}")
         row = {
             "hash": key,
             "app_id": app.id,
             "user_sub": session.user_sub,
             "token_id": session.token_id,
-            "visitor": visitor[:64],
+            "visitor": visitor,
             "worker_id": worker.id,
             "created_at": now,
             "last_seen_at": now,
@@ -352,8 +342,4 @@ class Sessions:
 
     async def views(self, app: App) -> Views:
         """Count how often an app was opened."""
-        recent = func.count().filter(table.c.created_at > time.time() - _RECENT)
-        query = select(func.count(), recent, func.count(table.c.visitor.distinct())).where(table.c.app_id == app.id)
-        async with self._database.begin() as connection:
-            total, lately, visitors = (await connection.execute(query)).one()
-        return Views(total, lately, visitors)
+        return await count(self._database, app.id)

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from blockyard_api.errors import BlockyardError, OutOfSpace, Unavailable
 
-SCHEMA = "0004"  # head of `migrations`; a test compares
+SCHEMA = "0005"  # head of `migrations`; a test compares
 
 log = logging.getLogger(__name__)
 

@@ -136,3 +136,20 @@ sessions = Table(
     Column("last_seen_at", Float, nullable=False),
     Column("ended_at", Float, index=True),
 )
+
+# of sessions that are over: how many began in an hour (epoch), and in all hours that are long ago (0)
+views = Table(
+    "views",
+    metadata,
+    Column("app_id", ForeignKey("apps.id", ondelete="CASCADE"), primary_key=True),
+    Column("hour", Integer, primary_key=True),
+    Column("number", Integer, nullable=False),
+)
+
+# of sessions that are over: the smallest of the visitors' hashes
+visitors = Table(
+    "visitors",
+    metadata,
+    Column("app_id", ForeignKey("apps.id", ondelete="CASCADE"), primary_key=True),
+    Column("visitor", String(64), primary_key=True),
+)

@@ -39,7 +39,10 @@ GRACE = 5.0  # seconds an app has for onStop and onSessionEnded
 _LOOK_AGAIN = 0.01  # seconds between two looks for the socket: its directory may be entered but not watched
 _BACKOFF_FIRST, _BACKOFF_MOST = 1.0, 60.0  # seconds
 _HOST_PAUSE = 2.0  # seconds until a start that failed for the host's sake is tried again
+# Refusals that are the host's fault or the container engine's, and no app's.
 _OF_THE_HOST = frozenset({"uid_pool_exhausted", "no_cgroup", "limits_unavailable", "exec_failed", "system_error"})
+_OF_THE_HOST |= {"docker_unreachable", "docker_slow", "docker_denied", "docker_refused", "docker_runtime"}
+_OF_THE_HOST |= {"no_image", "no_service_network", "network_pool_exhausted"}
 _PLACE_AGAIN = 15.0  # seconds: a page that opens no WebSocket has lost its slot by then
 _SETTLED = 10.0  # seconds an app must live to count as started well
 _STOP_ATTEMPTS = 5
@@ -809,7 +812,7 @@ class Fleet:
                     await spawner.stop(entry.id, 0)
 
 
-_WITHHELD = "ended for a reason that only its owner can see"
+_WITHHELD = "failed for a reason that its owner can see"
 _WISHED = frozenset({"idle", "made room for another app", "redeployed", "the app was disabled", "the app was deleted"})
 
 

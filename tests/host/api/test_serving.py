@@ -315,7 +315,7 @@ def test_a_bundle_that_is_gone_is_told_to_the_owner_and_not_to_visitors(pair):
     shutil.rmtree(pair.state / "bundles" / bundle)
     for visitor in (pair.visitor().get("/app/gone/"), pair.visitor().get("/app/gone/", browser=True)):
         assert visitor.status_code == 503
-        assert "a reason that only its owner can see" in visitor.text
+        assert "a reason that its owner can see" in visitor.text
         assert bundle not in visitor.text
         assert str(pair.root) not in visitor.text
     assert bundle in pair.runtime("gone")["workers"][0]["end_reason"]

@@ -183,12 +183,18 @@ async def test_a_worker_that_falls_in_nobodys_hands_is_the_apps_own_failure(cont
         control.fleet.reconcile(worker.app_id)
 
 
-@pytest.mark.parametrize("code", ["uid_pool_exhausted", "no_cgroup", "exec_failed", "system_error"])
+HOSTS = ["uid_pool_exhausted", "no_cgroup", "limits_unavailable", "exec_failed", "system_error"]
+ENGINES = ["docker_unreachable", "docker_slow", "docker_denied", "docker_refused", "docker_runtime", "no_image"]
+ENGINES += ["no_service_network", "network_pool_exhausted"]
+
+
+@pytest.mark.parametrize("code", HOSTS + ENGINES)
 async def test_a_start_that_fails_for_the_hosts_sake_does_not_make_the_app_wait_ever_longer(control, clock, code):
     await control.app()
     control.spawner.refuse = (code, "See to the host.")
     for _ in range(8):
-        assert "See to the host" in (await control.ask("/app/plain/")).text
+        assert "its owner can see" in (await control.ask("/app/plain/")).text
+        assert control.fleet.setback(control.catalog.named("plain")) == "The app could not start: See to the host."
         assert retry_after(await control.ask("/app/plain/")) <= 2
         await clock.advance(2)
     control.spawner.refuse = None

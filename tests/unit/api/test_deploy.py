@@ -1,10 +1,13 @@
 """Deployments: what is served is what was uploaded last, and nothing of a failed or cut-off upload stays."""
 
 import asyncio
+import errno
 import io
+import shutil
 import tarfile
 
 import pytest
+from running_control import until
 
 from blockyard_api.bundles import deploy
 from blockyard_api.errors import OutOfSpace
@@ -143,3 +146,70 @@ async def test_the_daemon_ends_without_waiting_for_a_deployment_which_is_told_as
     assert control.catalog.get(app.id).active_bundle is None
     assert bundle not in {path.name for path in (control.state / "bundles").iterdir()}
     assert not list((control.state / "uploads").iterdir())
+
+
+async def deployed(control, name="plain"):
+    bundle, task = await upload(control, control.catalog.named(name))
+    assert (await over(control, task)).status == "completed"
+    return bundle
+
+
+async def test_a_bundle_is_kept_while_a_worker_runs_it_that_is_not_taken_over_yet(start):
+    control = await start("storage.bundle_retention = 1")
+    await control.catalog.change(await control.catalog.create("plain", "admin"), {"access_type": "public"})
+    first = await deployed(control)
+    await control.visit()
+    await control.stop_daemon()
+    control.spawner.stop()
+    await control.start_daemon(adopted=False)
+    await deployed(control)
+    third = await deployed(control)
+    bundles = control.state / "bundles"
+    assert {path.name for path in bundles.iterdir()} == {first, third}
+    assert {bundle.id for bundle in await control.services.deployments.list(control.catalog.named("plain"))} == {
+        first,
+        third,
+    }
+    control.spawner.start()
+    await until(control.fleet.adopted.is_set, "adoption")
+    assert [worker.bundle_id for worker in control.fleet.all()] == [first]
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        lambda directory, name: (directory / name).write_text("x"),
+        lambda directory, name: (directory / name).symlink_to(directory.parent / "logs"),
+        lambda directory, name: (directory / name).symlink_to("nowhere"),
+        lambda directory, name: (directory / name / "more").mkdir(parents=True),
+    ],
+    ids=["file", "link", "dead-link", "directory"],
+)
+async def test_what_strays_into_the_state_directory_is_cleared_away_at_the_next_start(start, stray):
+    control = await start()
+    await control.stop_daemon()
+    for directory in ("bundles", "uploads"):
+        stray(control.state / directory, "stray")
+    await control.start_daemon()
+    assert not [*(control.state / "bundles").iterdir(), *(control.state / "uploads").iterdir()]
+    assert (control.state / "logs").is_dir()  # and what was linked to is none of its business
+
+
+async def test_what_cannot_be_cleared_away_is_told_and_does_not_stop_the_start(start, monkeypatch, caplog):
+    control = await start()
+    await control.stop_daemon()
+    places = [control.state / directory / "lost+found" for directory in ("bundles", "uploads")]
+    for place in places:
+        place.mkdir()
+    (control.state / "bundles" / "half").mkdir()
+
+    def denied(path, remove=shutil.rmtree, **more):
+        if path in places:  # of another user, as on a file system mounted there
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        remove(path, **more)
+
+    monkeypatch.setattr(deploy.shutil, "rmtree", denied)
+    await control.start_daemon()
+    monkeypatch.undo()
+    assert not (control.state / "bundles" / "half").exists()
+    assert [place for place in places if str(place) in caplog.text] == places

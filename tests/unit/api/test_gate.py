@@ -565,7 +565,7 @@ async def test_why_the_spawner_refuses_is_for_the_owner_and_not_for_visitors(con
     await control.app()
     control.spawner.refuse = (code, SECRET)
     told = await told_twice(control)
-    assert "could not start: ended for a reason that only its owner can see. It is tried again in" in told
+    assert "could not start: failed for a reason that its owner can see. It is tried again in" in told
     assert "secret" not in told
     assert "0123abcd" not in told
     assert "/srv/secret/state" in await reason(control)
@@ -575,7 +575,7 @@ async def test_that_a_backend_has_no_helper_is_for_the_owner_and_not_for_visitor
     control = await start('docker.spawner_socket = "/run/nobody/listens.sock"')
     await control.app(backend="docker")
     told = await told_twice(control)
-    assert "only its owner can see" in told
+    assert "its owner can see" in told
     for internal in ("listens.sock", "systemctl", "spawner"):
         assert internal not in told
     assert "/run/nobody/listens.sock" in await reason(control)
@@ -589,7 +589,7 @@ async def test_how_an_impostor_was_found_out_is_not_told_to_visitors(control):
     await worker.ended.wait()
     told = await control.ask("/app/plain/", visitor.cookie, html=True)
     assert told.status == 502
-    assert "The app was ended: it ended for a reason that only its owner can see." in told.text
+    assert "The app was ended: it failed for a reason that its owner can see." in told.text
     assert "60017" in worker.end_reason
 
 
