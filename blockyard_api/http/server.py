@@ -212,9 +212,14 @@ class _OfCycle:
     """A connection as uvicorn's answer to one request has it: what it closes is left with a linger."""
 
     def __init__(self, transport: asyncio.Transport, leave: Callable[[], None]) -> None:
-        self.write = transport.write
+        self._transport = transport
         self.is_closing = transport.is_closing
         self.close = leave
+
+    def write(self, data: bytes) -> None:
+        """Write while there is a connection: of its loss, uvicorn tells only the last of several pipelined requests."""
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
 
 class _BoundedBodies:
