@@ -1,6 +1,6 @@
 """A machine without systemd, on which `scripts/up` has not run: this one's files, of which it writes to copies.
 
-Namespaces of its own for mounts, network and processes: its ports are free, and its end takes all of it along.
+Namespaces of its own for mounts, network, processes and cgroups: its ports are free, and its end takes all of it along.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+
+from blockyard_api.host.accounting import cgroup2_mount
 
 CHECKOUT = Path(__file__).parents[2]
 STRANGER = Path(__file__).with_name("stranger.py").read_text()  # who runs it may not be able to read it there
@@ -28,6 +30,8 @@ mkdir /mnt/upper /mnt/work /mnt/root
 mount --types overlay overlay --options lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work /mnt/root
 cd /mnt/root
 for each in dev sys; do mount --rbind /$each $each; done
+umount ".{cgroup2_mount()}"
+mount --types cgroup2 cgroup2 ".{cgroup2_mount()}"
 mount --types proc proc proc
 mount --types tmpfs --options mode=0755 tmpfs run
 ip link set lo up
@@ -47,18 +51,25 @@ while read -r _; do :; done  # as process 1, which reaps orphans
 """
 
 
+def _placed(cgroup):
+    """Begin a command that runs in a cgroup."""
+    return ["sh", "-c", 'echo $$ >"$0/cgroup.procs" && exec "$@"', str(cgroup)]
+
+
 class FreshMachine:
     """One machine; `up` runs its own copy of `scripts/up`."""
 
     def __init__(self, directory):
         self.directory, self.runs = directory, []
-        namespaces = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child"]
-        self.init = subprocess.Popen(
-            [*namespaces, "bash", "-c", _MADE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.cgroup = cgroup2_mount() / f"machine-{os.getpid()}-{directory.name}"
+        (self.cgroup / "daemons").mkdir(parents=True)
+        namespaces = ["unshare", "--mount", "--net", "--pid", "--cgroup", "--fork", "--kill-child"]
+        command = [*_placed(self.cgroup), *namespaces, "bash", "-c", _MADE]
+        self.init = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.init.stdout.readline() == "made\n"
         children = Path(f"/proc/{self.init.pid}/task/{self.init.pid}/children").read_text()
-        self._within = ["nsenter", f"--target={int(children)}", "--mount", "--net", "--pid", "--"]
+        enter = ["nsenter", f"--target={int(children)}", "--mount", "--net", "--pid", "--cgroup", "--"]
+        self._within = [*_placed(self.cgroup / "daemons"), *enter]
 
     def close(self):
         self.init.stdin.close()  # process 1 ends, and whatever runs with it
@@ -66,6 +77,12 @@ class FreshMachine:
         self.init.stdout.close()
         for up in self.runs:
             up.process.wait(30)
+        wait_for(self._remove_cgroup, "an empty cgroup")
+
+    def _remove_cgroup(self):
+        """A process that was killed just now may still be on its way out."""
+        removal = ["find", self.cgroup, "-depth", "-type", "d", "-exec", "rmdir", "{}", "+"]
+        return subprocess.run(removal, check=False, stderr=subprocess.DEVNULL).returncode == 0
 
     def start(self, *argv, **options):
         return subprocess.Popen([*self._within, *map(str, argv)], **options)
