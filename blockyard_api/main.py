@@ -105,19 +105,20 @@ async def _serve(configured: Settings) -> list[Result]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a WebSocket takes two; the usual soft limit is 1024
     sockets, log_pipes = take_passed(os.environ)
     manager = ServiceManager(os.environ)
-    if sockets:
-        log.info("server.bind and proxy.bind are ignored: the sockets were passed by the service manager")
-    else:
+    if not sockets:
         sockets = [_listen(configured.server.bind), _listen(configured.proxy.bind)]
     if len(sockets) != 2:
         raise ConfigError(f"{len(sockets)} sockets were passed; pass two: the control plane's and the relay's.")
     control, relayed = sockets
+    listening = tuple(sock.getsockname()[:2] for sock in sockets if sock.family != socket.AF_UNIX)
+    if listening != (configured.server.bind, configured.proxy.bind):
+        where = " and ".join(f"{host}:{port}" for host, port in listening) or "Unix sockets"
+        log.info("listening at %s, as passed by the service manager, not at server.bind and proxy.bind", where)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     stopping = loop.create_task(stop.wait())
-    listening = tuple(sock.getsockname()[:2] for sock in sockets if sock.family != socket.AF_UNIX)
     async with app.running(configured, manager, log_pipes, listening) as built:
         if configured.server.skip_preflight:
             log.warning("the start-up checks are left out: server.skip_preflight is set; 'by admin check' runs them")

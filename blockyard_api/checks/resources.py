@@ -16,6 +16,7 @@ _DYNAMIC = range(61184, 65520)  # systemd's DynamicUser=
 _HOMED = range(60001, 60514)
 _HOMED_RUNS = Path("/run/systemd/userdb/io.systemd.Home")
 _MODULE = "xt_cgroup"
+_MOUNTINFO, _SYSTEMD = Path("/proc/self/mountinfo"), Path("/run/systemd/system")
 _AS_A_WHOLE = (
     "Limit the container as a whole (--memory, --cpus, --pids-limit), and use the Docker backend for apps that must "
     "not starve one another; docs/container.md says what can be delegated."
@@ -85,10 +86,28 @@ async def cgroup_delegation(context: Context, seen: Seen) -> Result:
         remedy = f"Take away the drop-in that sets Delegate= of {units.WORKERS}, then restart that unit."
         return warning(name, f"{units.WORKERS} has no Delegate=yes: systemd may undo what limits workers.", remedy)
     if missing:
-        remedy = f"Give {units.WORKERS} Delegate=memory pids cpu; see 'systemctl status {units.WORKERS}'."
         fact = f"Not delegated: {', '.join(missing)}; delegated: {', '.join(identity.controllers) or 'none'}."
-        return warning(name, fact, remedy)
+        mounts = await asyncio.to_thread(_MOUNTINFO.read_text, encoding="utf-8")
+        why, remedy = _undelegated(missing, in_v1(mounts), systemd=await asyncio.to_thread(_SYSTEMD.is_dir))
+        return warning(name, f"{fact}{why}", remedy)
     return await _with_path(name, seen.worker)
+
+
+def _undelegated(missing: list[str], elsewhere: set[str], *, systemd: bool) -> tuple[str, str]:
+    """Say what keeps controllers from workers, and what to do."""
+    if held := [controller for controller in missing if controller in elsewhere]:
+        remedy = "Boot with cgroup v2 alone: systemd.unified_cgroup_hierarchy=1 on the kernel's command line."
+        return f" This machine has cgroup v1 for {', '.join(held)}.", remedy
+    if systemd:
+        return "", f"Give {units.WORKERS} Delegate=memory pids cpu; see 'systemctl status {units.WORKERS}'."
+    remedy = "Give the container or machine that this runs in a cgroup of its own with them, or limit it as a whole."
+    return " There is no systemd here to ask for more.", remedy
+
+
+def in_v1(mountinfo: str) -> set[str]:
+    """Name the controllers that cgroup v1 has, and so keeps from v2 (proc_pid_mountinfo(5), cgroups(7))."""
+    lines = (line.partition(" - ")[2].split() for line in mountinfo.splitlines())
+    return {option for kind, *_, options in filter(None, lines) if kind == "cgroup" for option in options.split(",")}
 
 
 async def _is_delegated(worker: Outcome) -> bool:
@@ -138,7 +157,7 @@ async def resource_limits(context: Context) -> Result:
     toothless = [f"{key} ({controller})" for key, controller in configured if controller not in enforced]
     if toothless:
         more = f" and {len(toothless) - 6} more" if len(toothless) > 6 else ""
-        remedy = f"Delegate the controllers to {units.WORKERS}; 'cgroup_delegation' says what is missing."
+        remedy = "'cgroup_delegation' says what is missing, and what to do."
         if not context.uses("process"):
             remedy = "Give the engine the controllers; 'docker info' says what is missing."
         elif container.inside():

@@ -385,7 +385,27 @@ def test_controllers_that_are_withheld_are_a_warning(usual):
         each for each in ("memory", "cpu", "pids") if each not in (usual.cgroup / "cgroup.controllers").read_text()
     ]
     assert missing, "this machine delegates everything: see the guests' tests"
-    says(found(usual, "cgroup_delegation"), "warning", *missing, "Delegate=")
+    held = [each for each in missing if each in resources.in_v1(Path("/proc/self/mountinfo").read_text())]
+    says(
+        found(usual, "cgroup_delegation"), "warning", *missing, *([f"cgroup v1 for {', '.join(held)}"] if held else [])
+    )
+
+
+def test_without_systemd_the_remedy_names_no_unit(usual):
+    assert not Path("/run/systemd/system").exists(), "with systemd: see the guests' tests"
+    results = run(usual)
+    for name in ("cgroup_delegation", "resource_limits"):
+        assert not re.search(r"systemctl|\.service", results[name]["fact"] + results[name]["remedy"]), results[name]
+
+
+def test_a_controller_of_cgroup_v1_is_told_from_one_of_v2():
+    mounts = (
+        "30 23 0:26 / /sys/fs/cgroup ro shared:9 - tmpfs tmpfs ro,mode=755\n"
+        "31 30 0:27 / /sys/fs/cgroup/unified rw shared:10 - cgroup2 cgroup2 rw,nsdelegate\n"
+        "32 30 0:28 / /sys/fs/cgroup/cpu,cpuacct rw shared:11 - cgroup cgroup rw,cpu,cpuacct\n"
+        "33 30 0:29 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+    )
+    assert {"memory", "cpu", "pids"} & resources.in_v1(mounts) == {"memory", "cpu"}
 
 
 def test_limits_that_nothing_enforces_are_a_warning(checked):

@@ -33,6 +33,11 @@ def uid_processes(uid):
     return found
 
 
+def test_addresses_that_are_passed_are_told_where_the_configuration_names_others(pair):
+    control, relay = (url.removeprefix("http://") for url in (pair.control_url, pair.relay_origin))
+    assert f"listening at {control} and {relay}, as passed by the service manager" in pair.log("api")
+
+
 def test_the_example_app_is_served_to_the_first_visitor(pair):
     pair.deploy("hello", hello_files())
     page = pair.visitor().get("/app/hello/")

@@ -74,6 +74,21 @@ def active(server, app):
     return wait_for(lambda: server.workers(app, "active"), 120, f"an active worker of {app}")
 
 
+@contextlib.contextmanager
+def dropped_in(name, text):
+    """Put a drop-in in place for a while; to restart what it is for is the caller's."""
+    directory = Path("/run/systemd/system", f"{name}.d")
+    directory.mkdir(parents=True)
+    (directory / "test.conf").write_text(text)
+    systemctl("daemon-reload")
+    try:
+        yield
+    finally:
+        (directory / "test.conf").unlink()
+        directory.rmdir()
+        systemctl("daemon-reload")
+
+
 def answers(server, within=60):
     def ready():
         with contextlib.suppress(httpx.TransportError):  # a connection kept from before a restart

@@ -1,6 +1,8 @@
 """The units: installed by `scripts/up`, activated by their sockets, delegated, audited, revived, and locked down."""
 
 import re
+import subprocess
+import sys
 
 import httpx
 import pytest
@@ -14,6 +16,7 @@ from machine import (
     answers,
     as_user,
     audit,
+    dropped_in,
     knob,
     run,
     systemctl,
@@ -41,6 +44,37 @@ def test_run_again_it_changes_nothing_that_is_right(server):
     again = run(CHECKOUT / "scripts" / "up", timeout=UP_WITHIN)
     assert [unit(name, "InvocationID") for name in STATE_UNITS] == before
     assert not re.search(r"^    /(usr|etc|opt)", again.stdout, re.MULTILINE), again.stdout
+
+
+@pytest.mark.timeout(UP_WITHIN + 120)
+def test_a_stranger_at_the_address_gets_no_token(server):
+    program = (CHECKOUT / "tests" / "host" / "stranger.py").read_text()
+    systemctl("stop", "blockyard-api.service", "blockyard-api.socket")
+    command = ["setpriv", "--reuid=nobody", "--clear-groups", sys.executable, "-u", "-c", program, "127.0.0.1:8080"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as stranger:
+        try:
+            assert stranger.stdout.readline() == "listening\n"
+            refused = run(CHECKOUT / "scripts" / "up", check=False, timeout=UP_WITHIN)
+        finally:
+            stranger.kill()
+        assert stranger.stdout.read() == ""
+    assert refused.returncode == 1
+    assert "systemd does not listen for the API" in refused.stderr
+    run(CHECKOUT / "scripts" / "up", timeout=UP_WITHIN)
+    answers(server)
+
+
+@pytest.mark.timeout(UP_WITHIN + 120)
+def test_the_address_is_the_socket_units(server):
+    elsewhere = "[Socket]\nListenStream=\nListenStream=0.0.0.0:8090\nListenStream=127.0.0.1:8081\n"
+    with dropped_in("blockyard-api.socket", elsewhere):
+        systemctl("stop", "blockyard-api.service")
+        systemctl("restart", "blockyard-api.socket")
+        told = run(CHECKOUT / "scripts" / "up", timeout=UP_WITHIN).stdout
+        assert "http://127.0.0.1:8090\n" in told
+        systemctl("stop", "blockyard-api.service")
+    systemctl("restart", "blockyard-api.socket")
+    answers(server)
 
 
 def test_the_sockets_start_the_daemons(server):

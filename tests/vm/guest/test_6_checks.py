@@ -7,7 +7,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from machine import answers, by, checks, run, systemctl, unit
+from machine import answers, by, checks, dropped_in, run, systemctl, unit
 from running_pair import wait_for
 
 CONFIG = Path("/etc/blockyard/blockyard.toml")
@@ -44,21 +44,6 @@ def configured(server, *lines):
         CONFIG.write_text(before)
         systemctl("restart", API)
         answers(server)
-
-
-@contextlib.contextmanager
-def dropped_in(name, text):
-    """Put a drop-in in place for a while; to restart what it is for is the caller's."""
-    directory = Path("/run/systemd/system", f"{name}.d")
-    directory.mkdir(parents=True)
-    (directory / "test.conf").write_text(text)
-    systemctl("daemon-reload")
-    try:
-        yield
-    finally:
-        (directory / "test.conf").unlink()
-        directory.rmdir()
-        systemctl("daemon-reload")
 
 
 @contextlib.contextmanager
