@@ -188,7 +188,8 @@ async def test_a_start_that_fails_for_the_hosts_sake_does_not_make_the_app_wait_
     await control.app()
     control.spawner.refuse = (code, "See to the host.")
     for _ in range(8):
-        assert "See to the host" in (await control.ask("/app/plain/")).text
+        assert (await control.ask("/app/plain/")).status == 503
+        assert "See to the host" in control.fleet.setback(control.catalog.named("plain"))
         assert retry_after(await control.ask("/app/plain/")) <= 2
         await clock.advance(2)
     control.spawner.refuse = None
