@@ -180,11 +180,12 @@ def get(
     if running is None:
         given.output.record(found, _fields(found))
         return
-    counts = {key: value for key, value in running.items() if key != "workers"}
+    counts = {key: value for key, value in running.items() if key not in ("workers", "starting")}
     given.output.record({**found, "runtime": running}, [*_fields(found), *_fields(counts)])
     if not given.output.as_json:
         headings = ("worker", "status", "bundle", "started", "use")
-        rows = [_worker_row(worker) for worker in running["workers"]]
+        rows = [[one, "starting", None, None, None] for one in running.get("starting", [])]
+        rows += [_worker_row(worker) for worker in running["workers"]]
         empty = "No worker has run yet; open the app to start one."
         given.output.table(None, headings, rows, empty=empty, ids={"worker", "bundle"})
 
@@ -253,7 +254,10 @@ def bundles(context: typer.Context, name: AppName) -> None:
         active = client.call("GET", path("apps", name), APP)["active_bundle"]
         found = client.call("GET", path("apps", name, "bundles"), BUNDLES)
     rows = [
-        [one["id"], one["status"], one["id"] == active, one["uploaded_at"], one["deployed_by"], one["pinned"]]
+        [
+            *(one["id"], ": ".join(filter(None, (one["status"], one.get("reason")))), one["id"] == active),
+            *(one["uploaded_at"], one["deployed_by"], one["pinned"]),
+        ]
         for one in found["bundles"]
     ]
     headings = ("bundle", "status", "active", "uploaded", "by", "pinned")

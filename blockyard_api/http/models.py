@@ -169,8 +169,8 @@ class Runtime(BaseModel):
     starting: list[str] = Field(description="The ids of those that do not serve yet")
     active_sessions: int
     total_views: int
-    recent_views: int
-    unique_visitors: int
+    recent_views: int = Field(description="Of the last 7 days, to the hour")
+    unique_visitors: int = Field(description="Since the app was made; exact up to 1,024, estimated beyond")
     last_deployed_at: str | None
 
 

@@ -293,6 +293,16 @@ def test_bundles_are_listed_and_rolled_back_and_forth(shell, bundle):
     assert "Error: " in shell.by("rollback", "rolling", "no-such-bundle", status=1).stderr
 
 
+def test_why_a_deployment_failed_is_told_beside_its_bundle(shell, bundle):
+    shell.by("deploy", bundle("failing"), "--yes")
+    bundle("failing", {"app.R": "runApp(list(ui = 1, server = function(input, output) {}))\n"})
+    shell.by("deploy", "failing", status=1)
+    told, served = shell.by("bundles", "failing").stdout.splitlines()[1:]
+    assert "failed: app.R ends by calling runApp() itself" in told
+    assert "ready" in served
+    assert shell.json("get", "failing")["active_bundle"] == served.split()[0]
+
+
 def test_settings_are_changed_and_taken_back(shell, bundle):
     shell.by("deploy", bundle("settings"), "--yes")
     changed = shell.json(
