@@ -182,11 +182,10 @@ class WorkerConnection(asyncio.Protocol):
         exchange, self._exchange = self._exchange, None
         if exchange is None:
             self._pool.discard(self)
-            return
-        self._pool.free_place()
-        if self._mode == _UNTIL_CLOSE and error is None:
-            exchange.ended()
+        elif self._mode == _UNTIL_CLOSE and error is None:
+            exchange.ended()  # gives the place back, by `release`
         else:
+            self._pool.free_place()
             untouched = self.used and self._mode == _HEAD and not self._held and not self._interim
             exchange.lost(HungUp("the worker closed the connection too early"), untouched=untouched)
 

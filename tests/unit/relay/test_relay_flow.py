@@ -427,6 +427,26 @@ async def test_requests_beyond_a_workers_places_wait_in_line(staging):
     assert most == 2
 
 
+async def test_answers_that_end_with_the_connection_give_one_place_back_and_not_two(staging):
+    stage = await staging(worker_connections=2)
+    at_once = most = 0
+
+    async def script(turn):
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0.01)
+        at_once -= 1
+        await turn.send(b"HTTP/1.1 200 OK\r\n\r\nall of it")
+        turn.close()
+
+    stage.worker.script = script
+    for _ in range(3):
+        answers = await asyncio.gather(*(stage.get() for _ in range(10)))
+        assert {answer.body for answer in answers} == {b"all of it"}
+    assert most == 2
+
+
 async def test_a_line_that_is_too_long_is_turned_away(staging):
     stage = await staging(worker_connections=1, worker_queue=1)
     go_on = asyncio.Event()
