@@ -450,6 +450,8 @@ class ClientConnection(asyncio.Protocol):
         held, self._held = self._held, b""
         tunnel.start(held, rest)
         forward.tracker.websocket_opened(tunnel.abort)
+        if self._eof:  # the visitor closed his sending half before, of which the tunnel is not told again
+            tunnel.abort()
 
     # ends
 
