@@ -32,12 +32,13 @@ _logger: Final = logging.getLogger(__name__)
 
 _MOST_HELD: Final = 65536  # bytes read ahead of what can be used at the moment
 _REPEATABLE: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
+_SLOWEST: Final = 16384  # bytes of an upload that must come within the patience for it: 270 a second, less than 2G has
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long each kind of silence may last, in ticks of the relay's clock."""
+    """How long each kind of silence, or of slowness, may last, in ticks of the relay's clock."""
 
     head: int
     idle: int
@@ -92,6 +93,7 @@ class ClientConnection(asyncio.Protocol):
         "_buffered",
         "_chunking",
         "_client",
+        "_counted",
         "_decoder",
         "_eof",
         "_forward",
@@ -114,6 +116,7 @@ class ClientConnection(asyncio.Protocol):
         "_request",
         "_responded",
         "_share",
+        "_slow",
         "_stalled",
         "_state",
         "_task",
@@ -148,7 +151,9 @@ class ClientConnection(asyncio.Protocol):
         self._tunnel: Tunnel | None = None
         self._task: asyncio.Task[None] | None = None
         self._decoder: ChunkedDecoder | None = None
-        self._left = 0  # of the request's body, where it has a length
+        self._left = 0  # of the request's body; where it has no length, it falls below zero
+        self._counted = 0  # what was left when the last few KB had come
+        self._slow = 0  # ticks since then
         self._uploaded = True  # the request's body was read whole
         self._repeatable = False
         self._fresh = False  # it needs a connection to the worker that nobody has used
@@ -370,6 +375,7 @@ class ClientConnection(asyncio.Protocol):
         if self._paused:
             connection.hold_back()
         if not self._uploaded:
+            self._counted, self._slow = self._left, 0
             data, self._held = self._held, b""
             if data:
                 self._upload(data)
@@ -383,6 +389,7 @@ class ClientConnection(asyncio.Protocol):
                 if self._left:
                     data, self._held = data[: self._left], data[self._left :]
         else:
+            self._left -= len(data)
             try:
                 pieces, rest = self._decoder.feed(data)
             except BadBody as bad:
@@ -485,7 +492,7 @@ class ClientConnection(asyncio.Protocol):
     def worker_blocked(self, *, blocked: bool) -> None:
         """Stop reading while the worker does not."""
         self._blocked = blocked
-        self._quiet = 0  # it was not the visitor who kept still
+        self._quiet = self._slow = 0  # it was not the visitor who kept still
         if not self._uploaded:
             self._read(on=not blocked)
 
@@ -635,11 +642,18 @@ class ClientConnection(asyncio.Protocol):
             self._fail(Overloaded("other requests took too long"))
         if self._state != _RELAYING:
             return
-        if not self._uploaded and not self._blocked and self._quiet > patience.upload:
+        if not self._uploaded and not self._blocked and self._is_slow(patience.upload):
             self._refuse_upload(heads.refusal(408, "The request body did not come in time."))
         elif self._quiet > patience.worker and self._worker is not None:
             self._worker.abandon()
             self.lost(TooSlow("the worker did not answer in time"), untouched=False)
+
+    def _is_slow(self, ticks: int) -> bool:
+        """Count a tick of an upload; returns whether less than a few KB have come within so many."""
+        self._slow += 1
+        if self._counted - self._left >= _SLOWEST:
+            self._counted, self._slow = self._left, 0
+        return self._slow > ticks
 
     def shut_down(self) -> None:
         """Close now if nothing is under way; a request that is, is finished and its connection then closed."""

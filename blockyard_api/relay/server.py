@@ -30,7 +30,7 @@ class RelayLimits:
     worker_websockets_per_address: int = 256  # a lecture hall that shares one R process
     head: float = 30.0  # from a head's first byte to its last
     idle: float = 75.0  # between requests
-    upload: float = 60.0
+    upload: float = 60.0  # within which a few KB must come
     worker: float = 600.0  # R is single-threaded: an answer may wait for another visitor's computation, as may a place
     stall: float = 120.0  # a visitor takes nothing of what waits for him
     linger: float = 10.0  # from the last word to the end of the connection

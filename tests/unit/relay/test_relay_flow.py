@@ -325,6 +325,45 @@ async def test_an_upload_that_is_slow_but_goes_on_is_not_cut_off(staging):
     assert (await client.answer()).body == bytes(80000)
 
 
+@pytest.mark.parametrize("length", ["Content-Length: 100000", "Transfer-Encoding: chunked"])
+async def test_an_upload_that_comes_byte_by_byte_is_408_and_frees_the_worker(staging, length):
+    stage = await staging(upload=0.3)
+
+    async def script(turn):
+        await turn.reader.read()
+
+    stage.worker.script = script
+    client = await stage.client()
+    await client.send(b"POST / HTTP/1.1\r\nHost: demo\r\n%b\r\n\r\n" % length.encode())
+
+    async def trickle():
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await client.send(b"1\r\nx\r\n" if "chunked" in length else b"x")
+                await asyncio.sleep(0.02)
+
+    trickling = asyncio.create_task(trickle())
+    assert (await client.answer()).status == 408
+    await stage.worker.until(lambda: stage.worker.open == 0)
+    trickling.cancel()
+
+
+async def test_an_upload_that_the_worker_does_not_take_is_not_slow(staging):
+    stage = await staging(upload=0.3)
+
+    async def script(turn):
+        turn.writer.transport.pause_reading()
+        await asyncio.sleep(1)
+        turn.writer.transport.resume_reading()
+        await turn.body()
+        await turn.answer(b"taken")
+
+    stage.worker.script = script
+    body = bytes(8 << 20)
+    answer = await stage.ask(b"POST / HTTP/1.1\r\nHost: demo\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    assert answer.body == b"taken"
+
+
 async def test_a_worker_that_stays_silent_is_the_gates_to_explain(staging):
     stage = await staging(worker=0.2)
 
