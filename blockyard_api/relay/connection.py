@@ -10,9 +10,20 @@ from typing import Final, Protocol, cast
 
 from blockyard_api.relay import head as heads
 from blockyard_api.relay.body import LAST_CHUNK, BadBody, ChunkedDecoder, chunk
-from blockyard_api.relay.gate import Forward, Gate, Reply, RequestHead, Tracker, Upstream, UpstreamError, Verdict
+from blockyard_api.relay.gate import (
+    Forward,
+    Gate,
+    Overloaded,
+    Reply,
+    RequestHead,
+    Tracker,
+    Upstream,
+    UpstreamError,
+    Verdict,
+)
 from blockyard_api.relay.head import BadHead, Request, Response
-from blockyard_api.relay.origin import Origin
+from blockyard_api.relay.origin import Origin, neighbourhood
+from blockyard_api.relay.places import Share
 from blockyard_api.relay.splice import Splice
 from blockyard_api.relay.upstream import COPIED, HungUp, Piece, Pool, TooSlow, WorkerConnection
 from blockyard_api.relay.websocket import Tunnel
@@ -21,12 +32,13 @@ _logger: Final = logging.getLogger(__name__)
 
 _MOST_HELD: Final = 65536  # bytes read ahead of what can be used at the moment
 _REPEATABLE: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
+_SLOWEST: Final = 16384  # bytes of an upload that must come within the patience for it: 270 a second, less than 2G has
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long each kind of silence may last, in ticks of the relay's clock."""
+    """How long each kind of silence, or of slowness, may last, in ticks of the relay's clock."""
 
     head: int
     idle: int
@@ -62,11 +74,14 @@ class Surroundings(Protocol):
 
 # What a connection is doing. Plain numbers: an Enum's members cost a look-up each, several times a request.
 _BETWEEN: Final = 0  # waiting for a request head, or in the middle of one
-_DECIDING: Final = 1  # the gate, or a connection to the worker, is awaited
-_RELAYING: Final = 2
-_LINGERING: Final = 3  # all is said; what still comes is read and dropped, so that the answer is not lost in a reset
-_TUNNEL: Final = 4
-_CLOSED: Final = 5
+_DECIDING: Final = 1  # the gate is awaited
+_WAITING: Final = 2  # for a place at the worker
+_DIALLING: Final = 3  # a place is taken, a connection to the worker is awaited
+_RELAYING: Final = 4
+_LINGERING: Final = 5  # all is said; what still comes is read and dropped, so that the answer is not lost in a reset
+_TUNNEL: Final = 6
+_CLOSED: Final = 7
+_OWED: Final = (_DECIDING, _WAITING, _DIALLING, _RELAYING)  # an answer
 
 
 class ClientConnection(asyncio.Protocol):
@@ -77,14 +92,18 @@ class ClientConnection(asyncio.Protocol):
         "_blocked",
         "_buffered",
         "_chunking",
+        "_client",
+        "_counted",
         "_decoder",
         "_eof",
         "_forward",
         "_forwarded",
+        "_fresh",
         "_head",
         "_held",
         "_keep",
         "_left",
+        "_near",
         "_origin",
         "_paused",
         "_peer",
@@ -96,6 +115,8 @@ class ClientConnection(asyncio.Protocol):
         "_repeatable",
         "_request",
         "_responded",
+        "_share",
+        "_slow",
         "_stalled",
         "_state",
         "_task",
@@ -111,14 +132,17 @@ class ClientConnection(asyncio.Protocol):
 
     _transport: asyncio.Transport
     _origin: Origin
-    _request: Request  # meaningful while DECIDING or RELAYING, as is what is set beside it
+    _request: Request  # meaningful while an answer is OWED, as is what is set beside it
     _head: RequestHead
     _forward: Forward
     _pool: Pool
+    _share: Share
 
     def __init__(self, relay: Surroundings) -> None:
         self._relay = relay
         self._peer = ""
+        self._client = ""  # whose the last request was
+        self._near = ""  # where he is
         self._state = _BETWEEN
         self._held = b""
         self._tracker: Tracker | None = None  # of an admitted request that has not ended
@@ -127,9 +151,12 @@ class ClientConnection(asyncio.Protocol):
         self._tunnel: Tunnel | None = None
         self._task: asyncio.Task[None] | None = None
         self._decoder: ChunkedDecoder | None = None
-        self._left = 0  # of the request's body, where it has a length
+        self._left = 0  # of the request's body; where it has no length, it falls below zero
+        self._counted = 0  # what was left when the last few KB had come
+        self._slow = 0  # ticks since then
         self._uploaded = True  # the request's body was read whole
         self._repeatable = False
+        self._fresh = False  # it needs a connection to the worker that nobody has used
         self._responded = False
         self._chunking = False
         self._until_close = False  # nothing but the connection's end tells the end of the response
@@ -178,7 +205,7 @@ class ClientConnection(asyncio.Protocol):
         if self._state == _BETWEEN and self._held:  # requests that came at once, and are not answered yet
             asyncio.get_running_loop().call_soon(self._continue)
             return True
-        return self._state in (_DECIDING, _RELAYING) and self._uploaded
+        return self._state in _OWED and self._uploaded
 
     def pause_writing(self) -> None:
         """Hold the worker back."""
@@ -196,10 +223,14 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - gone is gone
         """Free everything that served this visitor."""
-        self._state = _CLOSED
+        state, self._state = self._state, _CLOSED
         if self._task is not None:
             self._task.cancel()
-        if self._worker is not None:
+        if state == _WAITING:
+            self._pool.leave(self._share, self)
+        elif state == _DIALLING:
+            self._pool.give(self._share)
+        elif self._worker is not None:
             self._worker.abandon()
             self._worker = None
         self._end_exchange()
@@ -255,6 +286,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _admit(self, request: Request) -> None:
         client, secure, self._forwarded = self._origin.of(request)
+        if client != self._client:
+            self._client, self._near = client, neighbourhood(client)
         self._head = RequestHead(request.method, request.target, request.headers, client, secure, request.websocket)
         self._state = _DECIDING
         try:
@@ -287,38 +320,62 @@ class ClientConnection(asyncio.Protocol):
         self._pool = self._relay.pool(forward.upstream)
         # what may not be sent twice does not go to a connection that the worker may just be closing
         self._repeatable = self._uploaded and self._request.method in _REPEATABLE
-        connection = self._pool.take() if self._repeatable else None
+        self._share = self._pool.shares.get(self._near) or self._pool.share(self._near)
+        if self._repeatable and not self.websocket and (connection := self._pool.take(self._share)) is not None:
+            self._relay_through(connection)
+            return
+        try:
+            if self.websocket:
+                self._pool.open_websocket(self._share)
+            self._enter(fresh=not self._repeatable)
+        except UpstreamError as error:
+            self._fail(error)
+
+    def _enter(self, *, fresh: bool) -> None:
+        """Take a place at the worker, or wait for one. Raises UpstreamError."""
+        self._fresh = fresh
+        if self._pool.enter(self._share):
+            self.seated()
+        else:
+            self._pool.wait(self._share, self)
+            self._state = _WAITING
+            self._age = 0
+
+    def seated(self) -> None:
+        """Go on, with a place at the worker."""
+        connection = None if self._fresh else self._pool.idle()
         if connection is None:
-            self._connect(fresh=not self._repeatable)
+            self._state = _DIALLING
+            self._task = asyncio.get_running_loop().create_task(self._dial())
         else:
             self._relay_through(connection)
 
-    def _connect(self, *, fresh: bool) -> None:
-        self._state = _DECIDING
-        self._task = asyncio.get_running_loop().create_task(self._connected(fresh=fresh))
-
-    async def _connected(self, *, fresh: bool) -> None:
+    async def _dial(self) -> None:
         try:
-            connection = await self._pool.connect(fresh=fresh)
+            connection = await self._pool.dial()
         except UpstreamError as error:
-            self._task = None
-            self._fail(error)
+            self._undialled(error)
         except Exception as error:
             _logger.exception("no connection to a worker")
-            self._task = None
-            self._fail(HungUp(str(error)))
+            self._undialled(HungUp(str(error)))
         else:
             self._task = None
             self._relay_through(connection)
+
+    def _undialled(self, error: UpstreamError) -> None:
+        self._task = None
+        self._pool.give(self._share)
+        self._fail(error)
 
     def _relay_through(self, connection: WorkerConnection) -> None:
         self._worker = connection
         self._state = _RELAYING
         self._quiet = 0
-        connection.begin(self, heads.request_head(self._request, self._forward, self._forwarded))
+        connection.begin(self, self._share, heads.request_head(self._request, self._forward, self._forwarded))
         if self._paused:
             connection.hold_back()
         if not self._uploaded:
+            self._counted, self._slow = self._left, 0
             data, self._held = self._held, b""
             if data:
                 self._upload(data)
@@ -332,6 +389,7 @@ class ClientConnection(asyncio.Protocol):
                 if self._left:
                     data, self._held = data[: self._left], data[self._left :]
         else:
+            self._left -= len(data)
             try:
                 pieces, rest = self._decoder.feed(data)
             except BadBody as bad:
@@ -421,14 +479,20 @@ class ClientConnection(asyncio.Protocol):
         if self._responded:
             self._break_off()
         elif untouched and self._repeatable:
-            self._connect(fresh=True)
+            self._again()
         else:
+            self._fail(error)
+
+    def _again(self) -> None:
+        try:
+            self._enter(fresh=True)
+        except UpstreamError as error:
             self._fail(error)
 
     def worker_blocked(self, *, blocked: bool) -> None:
         """Stop reading while the worker does not."""
         self._blocked = blocked
-        self._quiet = 0  # it was not the visitor who kept still
+        self._quiet = self._slow = 0  # it was not the visitor who kept still
         if not self._uploaded:
             self._read(on=not blocked)
 
@@ -450,6 +514,8 @@ class ClientConnection(asyncio.Protocol):
         held, self._held = self._held, b""
         tunnel.start(held, rest)
         forward.tracker.websocket_opened(tunnel.abort)
+        if self._eof:  # the visitor closed his sending half before, of which the tunnel is not told again
+            tunnel.abort()
 
     # ends
 
@@ -482,10 +548,10 @@ class ClientConnection(asyncio.Protocol):
 
     def _leave(self) -> None:
         """Close; if the visitor may still be sending, only once he has had time to read the answer."""
+        self._state = _LINGERING
         if self._eof or (self._uploaded and not self._held):
             self._transport.close()
             return
-        self._state = _LINGERING
         self._age = 0
         self._held = b""
         self._transport.write_eof()
@@ -502,6 +568,8 @@ class ClientConnection(asyncio.Protocol):
     def _end_exchange(self) -> None:
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
+            if self.websocket:
+                self._share.websockets -= 1
             tracker.request_ended()
 
     def _tunnel_ended(self) -> None:
@@ -569,13 +637,23 @@ class ClientConnection(asyncio.Protocol):
             # a closed sending half may be a visitor who left: if he did, this brings a reset
             self._probes += 1
             self._transport.write(_CONTINUE)
+        if self._state == _WAITING and self._age > patience.worker:
+            self._pool.leave(self._share, self)
+            self._fail(Overloaded("other requests took too long"))
         if self._state != _RELAYING:
             return
-        if not self._uploaded and not self._blocked and self._quiet > patience.upload:
+        if not self._uploaded and not self._blocked and self._is_slow(patience.upload):
             self._refuse_upload(heads.refusal(408, "The request body did not come in time."))
         elif self._quiet > patience.worker and self._worker is not None:
             self._worker.abandon()
             self.lost(TooSlow("the worker did not answer in time"), untouched=False)
+
+    def _is_slow(self, ticks: int) -> bool:
+        """Count a tick of an upload; returns whether less than a few KB have come within so many."""
+        self._slow += 1
+        if self._counted - self._left >= _SLOWEST:
+            self._counted, self._slow = self._left, 0
+        return self._slow > ticks
 
     def shut_down(self) -> None:
         """Close now if nothing is under way; a request that is, is finished and its connection then closed."""

@@ -33,6 +33,18 @@ class UpstreamError(Exception):
     """The worker cannot be reached, or is not who it should be; the gate turns it into a page."""
 
 
+class Crowded(UpstreamError):
+    """The visitor's address has as much of this worker as one may have: 429, and others are served."""
+
+    retry_after = 5  # seconds
+
+
+class Overloaded(UpstreamError):
+    """As many requests wait for this worker as may, or this one has waited too long: 503."""
+
+    retry_after = 10  # seconds
+
+
 class Upstream(Protocol):
     """One worker's socket. Connections are pooled per Upstream object and never shared with another."""
 

@@ -10,6 +10,7 @@ from blockyard_api.relay.connection import ClientConnection, Patience
 from blockyard_api.relay.gate import Gate, Reply, Upstream
 from blockyard_api.relay.head import refusal
 from blockyard_api.relay.origin import Network, Origin, is_within, neighbourhood
+from blockyard_api.relay.places import Bounds
 from blockyard_api.relay.upstream import Pool
 
 _REFUSED = 128  # connections that may read why they were refused, at the same time
@@ -17,17 +18,20 @@ _REFUSED = 128  # connections that may read why they were refused, at the same t
 
 @dataclass(frozen=True, slots=True)
 class RelayLimits:
-    """Bounds of the relay. Durations are seconds of silence, not totals, except for `head` and `linger`."""
+    """Bounds of the relay. Durations are seconds of silence, not totals, but for `head`, `linger` and a line's wait."""
 
     connections: int = 10_000
     connections_per_address: int = 1_000  # a whole office may sit behind one address
     worker_connections: int = 128  # requests under way at one worker; WebSockets do not count
+    worker_connections_per_address: int = 16  # once half are taken; R takes one at a time: more serve nobody sooner
     worker_idle_connections: int = 64
     worker_queue: int = 1_024
+    worker_queue_per_address: int = 256  # a browser behind an HTTP/2 proxy asks for all parts of a page at once
+    worker_websockets_per_address: int = 256  # a lecture hall that shares one R process
     head: float = 30.0  # from a head's first byte to its last
     idle: float = 75.0  # between requests
-    upload: float = 60.0
-    worker: float = 600.0  # R is single-threaded: an answer may wait for another visitor's computation
+    upload: float = 60.0  # within which a few KB must come
+    worker: float = 600.0  # R is single-threaded: an answer may wait for another visitor's computation, as may a place
     stall: float = 120.0  # a visitor takes nothing of what waits for him
     linger: float = 10.0  # from the last word to the end of the connection
     pooled: float = 15.0  # an idle connection to a worker
@@ -47,6 +51,13 @@ class Relay:
         self.gate = gate
         self.closing = False
         self._limits = limits or RelayLimits()
+        self._bounds = Bounds(
+            places=self._limits.worker_connections,
+            places_each=self._limits.worker_connections_per_address,
+            waiting=self._limits.worker_queue,
+            waiting_each=self._limits.worker_queue_per_address,
+            websockets_each=self._limits.worker_websockets_per_address,
+        )
         self._trusted = trusted_proxies
         self._secure = public_scheme == "https"
         durations = {name: float(getattr(self._limits, name)) for name in Patience.__dataclass_fields__}
@@ -159,12 +170,7 @@ class Relay:
         """Return the pool of a worker."""
         entry = self._pools.get(id(upstream))
         if entry is None:
-            pool = Pool(
-                upstream,
-                most=self._limits.worker_connections,
-                idle=self._limits.worker_idle_connections,
-                queue=self._limits.worker_queue,
-            )
+            pool = Pool(upstream, self._bounds, idle=self._limits.worker_idle_connections)
             # the upstream is kept beside its pool so that its id stays its own
             entry = self._pools[id(upstream)] = (upstream, pool)
         return entry[1]
@@ -178,8 +184,7 @@ class Relay:
             connection.tick()
         pooled = self._ticks(self._limits.pooled)
         for key, (_, pool) in list(self._pools.items()):
-            if pool.expire(pooled):
-                pool.close()  # a request that found it a moment ago still may use it, but leaves nothing behind
+            if pool.expire(pooled):  # of nobody: who is at this worker, on a WebSocket too, has a share that counts
                 del self._pools[key]
         self._clock = None
         if self._connections or self._pools:

@@ -3,12 +3,12 @@
 import asyncio
 import contextlib
 import socket
-from collections import deque
 from typing import Final, Protocol, cast
 
 from blockyard_api.relay.body import BadBody, ChunkedDecoder
 from blockyard_api.relay.gate import Upstream, UpstreamError
 from blockyard_api.relay.head import END, MAX_HEAD, BadHead, Response, parse_response
+from blockyard_api.relay.places import Bounds, Places, Share
 from blockyard_api.relay.splice import FROM, Splice, Unsupported
 
 _MAX_INTERIM: Final = 16
@@ -31,10 +31,6 @@ class BadResponse(UpstreamError):
 
 class TooSlow(UpstreamError):
     """The worker took longer than it may."""
-
-
-class Overloaded(UpstreamError):
-    """As many requests wait for this worker as may."""
 
 
 class Exchange(Protocol):
@@ -80,6 +76,7 @@ class WorkerConnection(asyncio.Protocol):
         "_left",
         "_mode",
         "_pool",
+        "_share",
         "_sock",
         "age",
         "splice",
@@ -88,6 +85,7 @@ class WorkerConnection(asyncio.Protocol):
     )
 
     transport: asyncio.Transport
+    _share: Share  # of whose places one belongs to the exchange
 
     def __init__(self, pool: "Pool", sock: socket.socket) -> None:
         self._pool = pool
@@ -103,9 +101,10 @@ class WorkerConnection(asyncio.Protocol):
         self.used = False  # for an earlier exchange
         self.age = 0  # ticks in the pool
 
-    def begin(self, exchange: Exchange, head: bytes) -> None:
-        """Send a request's head; its body, if any, goes straight to `transport`."""
+    def begin(self, exchange: Exchange, share: Share, head: bytes) -> None:
+        """Send a request's head; its body, if any, goes straight to `transport`. Its place is given back from here."""
         self._exchange = exchange
+        self._share = share
         self._mode = _HEAD
         self._interim = 0
         self.transport.write(head)
@@ -116,17 +115,17 @@ class WorkerConnection(asyncio.Protocol):
         self.used = True
         # what it has not taken yet of this request would keep the next one waiting
         if reusable and self._keep and not self.transport.get_write_buffer_size():
-            self._pool.put(self)
+            self._pool.put(self, self._share)
         else:
-            self._pool.free_place()
             self.transport.abort()
+            self._pool.give(self._share)
 
     def abandon(self) -> None:
         """Break off: the visitor went away, or nothing that comes can be of use."""
         self._exchange = None
         self._stop_splice()
-        self._pool.free_place()
         self.transport.abort()
+        self._pool.give(self._share)
 
     def hold_back(self) -> None:
         """Read no more for now: the visitor does not take what there is."""
@@ -141,7 +140,7 @@ class WorkerConnection(asyncio.Protocol):
     def detach(self) -> asyncio.Transport:
         """Give up the transport, which becomes one end of a tunnel."""
         self._exchange = None
-        self._pool.free_place()
+        self._pool.give(self._share)
         return self.transport
 
     # asyncio.Protocol
@@ -182,11 +181,10 @@ class WorkerConnection(asyncio.Protocol):
         exchange, self._exchange = self._exchange, None
         if exchange is None:
             self._pool.discard(self)
-            return
-        self._pool.free_place()
-        if self._mode == _UNTIL_CLOSE and error is None:
-            exchange.ended()
+        elif self._mode == _UNTIL_CLOSE and error is None:
+            exchange.ended()  # gives the place back, by `release`
         else:
+            self._pool.give(self._share)
             untouched = self.used and self._mode == _HEAD and not self._held and not self._interim
             exchange.lost(HungUp("the worker closed the connection too early"), untouched=untouched)
 
@@ -310,45 +308,44 @@ class WorkerConnection(asyncio.Protocol):
         exchange.lost(BadResponse(why), untouched=False)
 
 
-class Pool:
-    """The connections to one worker: idle ones kept for reuse, busy ones counted, requests beyond that in a queue."""
+class Pool(Places):
+    """The connections to one worker: one for each place that is taken, and idle ones kept for reuse."""
 
-    def __init__(self, upstream: Upstream, *, most: int, idle: int, queue: int) -> None:
+    def __init__(self, upstream: Upstream, bounds: Bounds, *, idle: int) -> None:
+        super().__init__(bounds)
         self._upstream = upstream
-        self._most = most
         self._most_idle = idle
-        self._most_waiting = queue
         self._idle: list[WorkerConnection] = []
-        self._busy = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
         self._forgotten = False
 
-    def take(self) -> WorkerConnection | None:
-        """Return an idle connection if there is one and nobody waits for it."""
-        while self._idle and self._busy < self._most:
+    def take(self, share: Share) -> WorkerConnection | None:
+        """Return an idle connection, and take a place, if there are both: `enter` and `idle` at once, for speed."""
+        while self._idle and (
+            self._taken < self._first or (share.taken < self._most_each and self._taken < self._most)
+        ):
             connection = self._idle.pop()
             if not connection.transport.is_closing():
-                self._busy += 1
+                self._taken += 1
+                share.taken += 1
                 return connection
         return None
 
-    async def connect(self, *, fresh: bool) -> WorkerConnection:
-        """Wait for a place and return a connection, a new one if `fresh`. Raises UpstreamError."""
-        await self._wait_for_place()
-        while self._idle and not fresh:
+    def idle(self) -> WorkerConnection | None:
+        """Return an idle connection, for one who has a place."""
+        while self._idle:
             connection = self._idle.pop()
             if not connection.transport.is_closing():
                 return connection
+        return None
+
+    async def dial(self) -> WorkerConnection:
+        """Return a new connection, for one who has a place. Raises UpstreamError."""
         try:
             async with asyncio.timeout(_DIAL_WITHIN):
                 sock = await self._upstream.connect()
                 return await self._adopt(sock)
         except TimeoutError as error:
-            self.free_place()
             raise TooSlow("the worker does not accept connections") from error
-        except BaseException:
-            self.free_place()
-            raise
 
     async def _adopt(self, sock: socket.socket) -> WorkerConnection:
         loop = asyncio.get_running_loop()
@@ -359,43 +356,17 @@ class Pool:
             raise
         return connection
 
-    async def _wait_for_place(self) -> None:
-        if self._busy < self._most:
-            self._busy += 1
-            return
-        if len(self._waiting) >= self._most_waiting:
-            raise Overloaded("too many requests wait for this worker")
-        place = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self.free_place()
-            elif place in self._waiting:  # else `free_place` has passed over it already
-                self._waiting.remove(place)
-            raise
-
-    def free_place(self) -> None:
-        """Hand the place of a finished exchange to the next in the queue."""
-        while self._waiting:
-            place = self._waiting.popleft()
-            if not place.done():
-                place.set_result(None)
-                return
-        self._busy -= 1
-
-    def put(self, connection: WorkerConnection) -> None:
-        """Take a connection back after its exchange."""
+    def put(self, connection: WorkerConnection, share: Share) -> None:
+        """Take a connection back after its exchange, and its place."""
         if self._forgotten or len(self._idle) >= self._most_idle:
             connection.transport.abort()
         else:
             connection.age = 0
             self._idle.append(connection)
-        if self._waiting:
-            self.free_place()
-        else:
-            self._busy -= 1
+        share.taken -= 1  # as `give` does
+        self._taken -= 1
+        if self._turns:
+            self._seat()
 
     def discard(self, connection: WorkerConnection) -> None:
         """Drop a connection that closed while idle."""
@@ -409,7 +380,7 @@ class Pool:
         for connection in [connection for connection in self._idle if connection.age > ticks]:
             self._idle.remove(connection)
             connection.transport.abort()
-        return not self._idle and not self._busy
+        return not self.in_use() and not self._idle
 
     def close(self) -> None:
         """Close what is idle now, and what is busy when its exchange ends."""

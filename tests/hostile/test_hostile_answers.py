@@ -54,7 +54,7 @@ def test_chunks_that_are_none_end_the_visitors_connection_and_nothing_behind_the
         honest(first)
 
 
-def test_a_body_of_ten_gigabytes_passes_through_and_ends_with_its_visitor(target, liar, neighbour_lives_on):
+def test_of_a_body_of_ten_gigabytes_nothing_is_kept_that_its_visitor_does_not_take(target, liar, neighbour_lives_on):
     first, other = liar
     before, taken = resident(target.api()), 0
     with first.http.stream("GET", "/app/liar/body") as answer, contextlib.suppress(httpx.ReadError):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest_asyncio
 import uvloop
 
-from blockyard_api.relay.gate import Forward, Header, Reply, RequestHead, UpstreamError, Verdict
+from blockyard_api.relay.gate import Crowded, Forward, Header, Overloaded, Reply, RequestHead, UpstreamError, Verdict
 from blockyard_api.relay.server import Relay, RelayLimits
 
 WITHIN = 20  # seconds; a hang is a failure, not a wait
@@ -135,6 +135,7 @@ class Doorkeeper:
 
     def admit(self, head: RequestHead) -> Verdict | Awaitable[Verdict]:
         self.heads.append(head)
+        self.worker.tell()
         forward = Forward(self.worker, head.target, b"/app/demo", self.headers, self.response_headers, self)
         verdict = self.decide(head, forward)
         self.admitted += isinstance(verdict, Forward)
@@ -142,6 +143,9 @@ class Doorkeeper:
 
     def failed(self, head: RequestHead, forward: Forward, error: Exception) -> Reply:
         self.failures.append(error)
+        if isinstance(error, Crowded | Overloaded):
+            status = 429 if isinstance(error, Crowded) else 503
+            return Reply(status, ((b"Retry-After", b"%d" % error.retry_after),), b"later")
         return Reply(502, ((b"Content-Type", b"text/plain"),), b"the worker failed")
 
     def request_ended(self) -> None:
@@ -224,8 +228,9 @@ class Stage:
     port: int
     clients: list[Client] = field(default_factory=list)
 
-    async def client(self) -> Client:
-        client = Client(*await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20))
+    async def client(self, address: str = "127.0.0.1") -> Client:
+        there = {"local_addr": (address, 0), "limit": 1 << 20}
+        client = Client(*await asyncio.open_connection("127.0.0.1", self.port, **there))
         self.clients.append(client)
         return client
 
@@ -258,6 +263,7 @@ async def staging(tmp_path: Path) -> AsyncIterator[Staging]:
             stage = Stage(worker, gate, relay, sock.getsockname()[1])
 
             async def leave() -> None:
+                pools = [pool for _, pool in relay._pools.values()]
                 for client in stage.clients:
                     client.writer.close()
                 async with asyncio.timeout(WITHIN):
@@ -266,6 +272,10 @@ async def staging(tmp_path: Path) -> AsyncIterator[Staging]:
                 await worker.end()
                 assert relay.open_connections == 0
                 assert gate.ended == gate.admitted, "every admitted request ends exactly once"
+                for pool in pools:
+                    left = [(share.taken, share.websockets, len(share.line)) for share in pool.shares.values()]
+                    assert not pool.in_use(), f"places, WebSockets and waiting requests that nobody gave back: {left}"
+                    assert (pool._taken, pool._waiting, len(pool._turns)) == (0, 0, 0)
 
             stack.push_async_callback(leave)
             return stage

@@ -10,6 +10,7 @@ from test_relay_crowds import GET, UPGRADE
 from blockyard_api.relay import upstream
 from blockyard_api.relay.body import LAST_CHUNK, BadBody, ChunkedDecoder
 from blockyard_api.relay.gate import Reply
+from blockyard_api.relay.places import Bounds
 from blockyard_api.relay.websocket import FrameScanner
 
 POST = b"POST / HTTP/1.1\r\nHost: demo\r\nContent-Length: %d\r\n\r\n"
@@ -96,14 +97,11 @@ def test_the_last_words_of_a_worker_that_writes_on_are_not_waited_for():
         def __getattr__(self, _name):
             return lambda *_args, **_more: None
 
-    class Pool:
-        def free_place(self):
-            pass
-
     sock = Endless()
-    connection = upstream.WorkerConnection(Pool(), sock)
+    pool = upstream.Pool(None, Bounds(places=1, places_each=1, waiting=0, waiting_each=0, websockets_each=0), idle=0)
+    connection = upstream.WorkerConnection(pool, sock)
     connection.transport = Heard()
-    connection.begin(Heard(), b"")
+    connection.begin(Heard(), pool.share("here"), b"")
     connection.connection_lost(BrokenPipeError())
     assert 1 < sock.reads < 100
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockyard_api.relay.body import BadBody, ChunkedDecoder
-from blockyard_api.relay.gate import Reply
-from blockyard_api.relay.upstream import Overloaded, TooSlow
+from blockyard_api.relay.gate import Overloaded, Reply
+from blockyard_api.relay.upstream import TooSlow
 
 GET = b"GET / HTTP/1.1\r\nHost: demo\r\n\r\n"
 BLOCK = bytes(256 << 10)
@@ -318,11 +318,50 @@ async def test_an_upload_that_is_slow_but_goes_on_is_not_cut_off(staging):
 
     stage.worker.script = script
     client = await stage.client()
-    await client.send(b"POST / HTTP/1.1\r\nHost: demo\r\nContent-Length: 20\r\n\r\n")
+    await client.send(b"POST / HTTP/1.1\r\nHost: demo\r\nContent-Length: 80000\r\n\r\n")
     for _ in range(20):
-        await client.send(b"x")
+        await client.send(bytes(4000))
         await asyncio.sleep(0.05)
-    assert (await client.answer()).body == b"x" * 20
+    assert (await client.answer()).body == bytes(80000)
+
+
+@pytest.mark.parametrize("length", ["Content-Length: 100000", "Transfer-Encoding: chunked"])
+async def test_an_upload_that_comes_byte_by_byte_is_408_and_frees_the_worker(staging, length):
+    stage = await staging(upload=0.3)
+
+    async def script(turn):
+        await turn.reader.read()
+
+    stage.worker.script = script
+    client = await stage.client()
+    await client.send(b"POST / HTTP/1.1\r\nHost: demo\r\n%b\r\n\r\n" % length.encode())
+
+    async def trickle():
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await client.send(b"1\r\nx\r\n" if "chunked" in length else b"x")
+                await asyncio.sleep(0.02)
+
+    trickling = asyncio.create_task(trickle())
+    assert (await client.answer()).status == 408
+    await stage.worker.until(lambda: stage.worker.open == 0)
+    trickling.cancel()
+
+
+async def test_an_upload_that_the_worker_does_not_take_is_not_slow(staging):
+    stage = await staging(upload=0.3)
+
+    async def script(turn):
+        turn.writer.transport.pause_reading()
+        await asyncio.sleep(1)
+        turn.writer.transport.resume_reading()
+        await turn.body()
+        await turn.answer(b"taken")
+
+    stage.worker.script = script
+    body = bytes(8 << 20)
+    answer = await stage.ask(b"POST / HTTP/1.1\r\nHost: demo\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    assert answer.body == b"taken"
 
 
 async def test_a_worker_that_stays_silent_is_the_gates_to_explain(staging):
@@ -427,6 +466,26 @@ async def test_requests_beyond_a_workers_places_wait_in_line(staging):
     assert most == 2
 
 
+async def test_answers_that_end_with_the_connection_give_one_place_back_and_not_two(staging):
+    stage = await staging(worker_connections=2)
+    at_once = most = 0
+
+    async def script(turn):
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0.01)
+        at_once -= 1
+        await turn.send(b"HTTP/1.1 200 OK\r\n\r\nall of it")
+        turn.close()
+
+    stage.worker.script = script
+    for _ in range(3):
+        answers = await asyncio.gather(*(stage.get() for _ in range(10)))
+        assert {answer.body for answer in answers} == {b"all of it"}
+    assert most == 2
+
+
 async def test_a_line_that_is_too_long_is_turned_away(staging):
     stage = await staging(worker_connections=1, worker_queue=1)
     go_on = asyncio.Event()
@@ -441,10 +500,54 @@ async def test_a_line_that_is_too_long_is_turned_away(staging):
     await stage.worker.until(lambda: len(stage.worker.turns) == 1)
     await second.send(GET)
     await settled(lambda: len(stage.gate.heads))
-    assert (await stage.get()).status == 502
+    assert (await stage.get()).status == 503
     assert isinstance(stage.gate.failures[0], Overloaded)
     go_on.set()
     assert (await first.answer()).status == (await second.answer()).status == 200
+
+
+async def test_who_waits_in_line_for_too_long_is_told_so(staging):
+    stage = await staging(worker_connections=1, worker=0.4)
+    over = asyncio.Event()
+
+    async def script(turn):  # takes its time, but is not silent
+        await turn.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while not over.is_set():
+            await turn.send(b"1\r\nx\r\n")
+            await asyncio.sleep(0.05)
+        await turn.send(b"0\r\n\r\n")
+
+    stage.worker.script = script
+    first = await stage.client()
+    await first.send(GET)
+    await first.head()
+    second = await stage.client()
+    answer = await second.ask(GET)
+    assert answer.status == 503
+    assert answer.values("Retry-After")
+    assert isinstance(stage.gate.failures[0], Overloaded)
+    over.set()
+    stage.worker.script = lambda turn: turn.answer()
+    await first.reader.readuntil(b"0\r\n\r\n")
+    assert (await second.ask(GET)).status == 200
+
+
+async def test_who_leaves_while_a_connection_to_the_worker_is_made_gives_his_place_back(staging):
+    stage = await staging(worker_connections=1, linger=0.2)
+    connect, asked, never = stage.worker.connect, asyncio.Event(), asyncio.Event()
+
+    async def hangs():
+        asked.set()
+        await never.wait()
+
+    stage.worker.connect = hangs
+    client = await stage.client()
+    await client.send(GET)
+    await asked.wait()
+    client.reset()
+    await stage.worker.until(lambda: stage.gate.ended == 1)
+    stage.worker.connect = connect
+    assert (await stage.get()).status == 200
 
 
 async def test_who_leaves_the_line_does_not_take_a_place_along(staging):

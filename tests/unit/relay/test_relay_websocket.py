@@ -258,6 +258,28 @@ async def test_what_the_worker_sends_is_no_activity(stage):
     assert stage.gate.messages == 0
 
 
+async def test_a_visitor_who_closed_his_sending_half_before_the_upgrade_has_left(stage):
+    left, over = asyncio.Event(), asyncio.Event()
+
+    async def script(turn):
+        await left.wait()
+        await turn.send(SWITCH)
+        assert await turn.reader.read() == b""
+        over.set()
+        turn.close()
+
+    stage.worker.script = script
+    client = await stage.client()
+    await client.send(UPGRADE)
+    await stage.worker.until(lambda: stage.worker.turns)
+    client.writer.write_eof()
+    await asyncio.sleep(0.1)  # the relay has heard of it
+    left.set()
+    async with asyncio.timeout(10):
+        await over.wait()
+    await stage.worker.until(lambda: stage.gate.ended == 1)
+
+
 async def test_an_upgraded_connection_leaves_its_place_to_others(staging):
     stage = await staging(worker_connections=1)
     await opened(stage)
