@@ -17,7 +17,7 @@ from blockyard_api.apps.catalog import NAME, App, Catalog, SwitchedOff
 from blockyard_api.errors import BadGateway, BlockyardError, Forbidden, NotFound, TooMany, Unauthorized, Unavailable
 from blockyard_api.identity.allowance import Allowance
 from blockyard_api.identity.tokens import Principal, Tokens
-from blockyard_api.relay.gate import Forward, Header, Reply, RequestHead, Verdict
+from blockyard_api.relay.gate import Crowded, Forward, Header, Overloaded, Reply, RequestHead, Verdict
 from blockyard_api.sessions.address import Addresses
 from blockyard_api.sessions.issuer import issuer, token_of
 from blockyard_api.sessions.registry import Session, Sessions, holder
@@ -69,7 +69,13 @@ class AppGate:
         return self._decide(head, app, place.rest, None)
 
     def failed(self, head: RequestHead, forward: Forward, error: Exception) -> Reply:
-        """Word the answer for a worker that failed before it answered."""
+        """Word the answer for a worker that failed before it answered, or that others keep busy."""
+        if isinstance(error, Crowded):
+            message = "The app answers as many requests from your address as it may; try again."
+            return _refusal(head, TooMany("too_many_requests", message, error.retry_after))
+        if isinstance(error, Overloaded):
+            message = "The app is busy with other requests; try again."
+            return _refusal(head, Unavailable("app_busy", message, error.retry_after))
         if any(worker.socket is forward.upstream and not worker.over.done() for worker in self._fleet.all()):
             why = str(error).rstrip(".")
             return _refusal(head, BadGateway("bad_gateway", f"The app did not answer as it should ({why}); try again."))

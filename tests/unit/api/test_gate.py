@@ -10,6 +10,7 @@ import pytest
 from running_control import head, until
 from sqlalchemy import text
 
+from blockyard_api.relay.gate import Crowded, Overloaded
 from blockyard_api.sessions import issuer
 from blockyard_api.workers.life import State
 
@@ -600,6 +601,15 @@ async def test_visitors_of_an_app_without_a_bundle_read_no_command(control):
     assert told.status == 503
     assert "nothing to show yet" in told.text
     assert "deploy" not in told.text
+
+
+@pytest.mark.parametrize(("error", "status"), [(Crowded("full"), 429), (Overloaded("full"), 503)])
+async def test_a_worker_that_others_keep_busy_is_told_as_busy_and_not_as_broken(control, error, status):
+    await control.app()
+    visit = await control.visit()
+    reply = control.gate.failed(head("/app/plain/", html=True), visit.verdict, error)
+    assert reply.status == status
+    assert (b"Retry-After", b"%d" % error.retry_after) in reply.headers
 
 
 async def test_a_hostile_title_is_inert_in_the_loading_page(control):
