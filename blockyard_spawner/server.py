@@ -66,15 +66,14 @@ class _Conversation:
         """Answer until the peer goes. Requests begin in order; what takes time may be overtaken by others."""
         with self._connection:
             try:
-                self._refused = self._peer["peer_uid"] not in peers
-                if self._refused:
-                    audit("refusal", "Connect as the API's user.", result="wrong_peer", **self._peer)
-                    raise EOFError  # noqa: TRY301 - handled as one that has gone
                 async with asyncio.TaskGroup() as answering:
-                    while True:
+                    while self._peer["peer_uid"] in peers:
                         await self._take(answering)
+                    audit("refusal", "Connect as the API's user.", result="wrong_peer", **self._peer)
+                    self._refused = True
             except* (OSError, EOFError):  # it has gone, or is not understood; what it asked for goes on
-                await asyncio.sleep(_PAUSE * self._refused)  # in its place: nothing is gained by connecting anew
+                pass  # and no await is here: the spawner's end would come out of it as a group, an error
+            await asyncio.sleep(_PAUSE * self._refused)  # in its place: nothing is gained by connecting anew
 
     async def _take(self, answering: asyncio.TaskGroup) -> None:
         await readable(self._connection.fileno())

@@ -62,6 +62,15 @@ def test_the_spawner_cannot_be_traced_or_dumped_and_says_its_name(spawner):
     assert os.stat(f"/proc/{spawner.process.pid}/mem").st_uid == 0
 
 
+def test_an_end_in_the_pause_after_a_refusal_is_an_end_like_any_other(spawner):
+    client = spawner.client(greet=False)
+    client.send_raw(b"garbage")
+    assert client.receive()[0]["error"]["code"] == "malformed"
+    spawner.process.send_signal(signal.SIGTERM)  # the connection keeps its place for a moment
+    assert spawner.process.wait(30) == 0, spawner.audit_text()
+    assert "Traceback" not in spawner.audit_text()
+
+
 def test_a_socket_that_systemd_passes_is_served(stopped_spawner):
     user = api_user()
     stopped_spawner.prefix = ("systemd-socket-activate", "--seqpacket", "-l", str(stopped_spawner.socket))
