@@ -64,8 +64,7 @@ class Cgroups:
         except FileNotFoundError as error:
             if unlimited:
                 return ""
-            message = "Run 'systemctl start blockyard-workers': the workers' cgroup is not there."
-            raise Refused("no_cgroup", message) from error
+            raise Refused("no_cgroup", "Run 'systemctl start blockyard-workers': their cgroup is not there.") from error
         directory = self.directory(name)
         directory.mkdir()
         cpu = limits.cpu and f"{limits.cpu * 100} 100000"

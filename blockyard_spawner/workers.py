@@ -129,7 +129,8 @@ class Workers:
 
     async def stop(self, worker: Worker, grace: float, peer: Mapping[str, object]) -> None:
         """Interrupt the app, after `grace` seconds kill what is left; return when everything is gone."""
-        if worker.state == "running" and not _has_ended(worker.pidfd):  # else it ended by itself, and is told so
+        # Else it ended by itself, and is told so.
+        if worker.state == "running" and worker.pidfd >= 0 and not _has_ended(worker.pidfd):
             worker.state = "stopping"
             worker.audit("stop", "ok", "is being stopped", **peer)
             self._tasks.create_task(self._interrupt(worker, grace))
@@ -147,14 +148,14 @@ class Workers:
                 await self._run_as(worker, "kill -KILL $1", str(worker.pid))
 
     async def _live(self, worker: Worker) -> None:
-        exited = await _exit_of(worker.pidfd)
+        status, number = await _exit_of(worker.pidfd)
         worker.pidfd = -1
         kills = await self._clear(worker)
         self.free_uids.append(worker.uid)
         if worker.state == "starting":  # it never ran, and its refusal is in the audit
             del self.by_id[worker.id]
             return
-        worker.result = _result(exited, kills, stopped=worker.state == "stopping")
+        worker.result = outcome(status, number, kills, stopped=worker.state == "stopping")
         worker.state = "ended"
         worker.ended.set()
         worker.audit("exit", worker.result["reason"], f"ended: {worker.result}")
@@ -199,28 +200,23 @@ class Workers:
 
 def _has_ended(pidfd: int) -> bool:
     waiting = select.poll()  # not select(), which knows no descriptor above 1023
-    if pidfd >= 0:
-        waiting.register(pidfd, select.POLLIN)
-    return pidfd < 0 or bool(waiting.poll(0))
+    waiting.register(pidfd, select.POLLIN)
+    return bool(waiting.poll(0))
 
 
-async def _exit_of(pidfd: int) -> os.waitid_result | None:
-    """Wait for a process's end, close its pidfd, and return how it ended; None if that cannot be known."""
+async def _exit_of(pidfd: int) -> tuple[int | None, int | None]:
+    """Wait for a process's end, close its pidfd, and return its status or its signal; neither if it cannot be known."""
     if pidfd < 0:
-        return None
+        return None, None
     try:
         await readable(pidfd)
-        return os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 - it has ended
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 - it has ended
     except ChildProcessError:  # adopted: not this process's child
-        return None
+        return None, None
     finally:
         os.close(pidfd)
-
-
-def _result(exited: os.waitid_result | None, kills: int, *, stopped: bool) -> dict[str, object]:
-    status = exited.si_status if exited and exited.si_code == os.CLD_EXITED else None
-    number = exited.si_status if exited and exited.si_code != os.CLD_EXITED else None
-    return outcome(status, number, kills, stopped=stopped)
+    number = ended.si_status if ended else None
+    return (number, None) if ended and ended.si_code == os.CLD_EXITED else (None, number)
 
 
 def outcome(status: int | None, number: int | None, kills: int, *, stopped: bool) -> dict[str, object]:
