@@ -77,11 +77,12 @@ class Workers:
             self._cgroups.prepare()
         for name in os.listdir(self._directory("")):
             uid = os.lstat(self._directory(name)).st_uid
-            if uid not in self.free_uids:
+            if uid == 0:
                 with contextlib.suppress(OSError):  # made, but not yet given away: empty
                     os.rmdir(self._directory(name))
                 continue
-            self.free_uids.remove(uid)
+            with contextlib.suppress(ValueError):  # the pool was another when it began
+                self.free_uids.remove(uid)
             worker = self.by_id[name] = Worker(name, "", uid, state="running")
             with contextlib.suppress(StopIteration, IndexError, OSError):  # it ended meanwhile, or never came to exec
                 worker.pid = next(pid for pid in self._cgroups.pids(name) if len(_pids_within(pid)) == 1)
@@ -151,7 +152,8 @@ class Workers:
         status, number = await _exit_of(worker.pidfd)
         worker.pidfd = -1
         kills = await self._clear(worker)
-        self.free_uids.append(worker.uid)
+        if self.unprivileged or worker.uid in policy.uids(self.config):
+            self.free_uids.append(worker.uid)
         if worker.state == "starting":  # it never ran, and its refusal is in the audit
             del self.by_id[worker.id]
             return
@@ -174,9 +176,8 @@ class Workers:
                     await self._run_as(worker, _SWEEP, self._directory(worker.id))
                     os.rmdir(self._directory(worker.id))
             except (OSError, Refused) as error:  # a TimeoutError is an OSError
-                if getattr(error, "errno", None) == errno.ENODEV:  # systemd removed its cgroup as it was looked at
-                    continue
-                worker.audit("exit", "quarantined", f"cannot be cleared away yet, so its uid rests: {error!r}")
+                if getattr(error, "errno", None) != errno.ENODEV:  # systemd removed its cgroup as it was looked at
+                    worker.audit("exit", "quarantined", f"cannot be cleared away yet, so its uid rests: {error!r}")
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 return kills
