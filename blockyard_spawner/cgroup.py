@@ -28,11 +28,10 @@ class Cgroups:
         mounts = pathlib.Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
         self.mount = next((line.split()[4] for line in mounts if " - cgroup2 " in line), "")
         self._root = root
-        self.controllers: list[str] = []
 
     def prepare(self) -> None:
         """Make the subtree ready. Raises FileNotFoundError where it is not there, TimeoutError if that is not known."""
-        self.controllers = []
+        self.controllers: list[str] = []
         if not self._root:
             asked = subprocess.run(_ASK, stdout=subprocess.PIPE, text=True, check=False)
             if asked.returncode and os.path.isdir("/run/systemd/system"):  # not to know is not to be without

@@ -20,7 +20,6 @@ PAGE = 100  # workers in one `list` reply: at under 400 bytes each they stay bel
 Seq = Annotated[int, range(2**53)]
 WorkerId = Annotated[str, re.compile("[a-z0-9]{8,32}")]
 Name = Annotated[str, re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")]
-EnvName = Annotated[str, re.compile("[A-Z][A-Z0-9_]{0,63}")]
 Text = Annotated[str, re.compile(r"[^\x00]{0,4096}")]
 Amount = Annotated[int, range(1, 2**64)]  # what is too much is for root's ceilings to say
 
@@ -62,7 +61,7 @@ class Spawn:
     bundle: Name | None = None
     library: Name | None = None
     data: Annotated[tuple[Name, ...], range(33)] = ()
-    env: Annotated[Mapping[EnvName, Text], range(65)] = field(default_factory=dict)
+    env: Annotated[Mapping[Name, Text], range(65)] = field(default_factory=dict)
     network: Annotated[str, re.compile("host|none")] | None = None
     limits: Limits = field(default_factory=Limits)
     scratch_copy: bool = False
