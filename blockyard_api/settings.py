@@ -155,8 +155,6 @@ KEYS: Mapping[str, Key] = {
     "proxy.ws_cache_ttl": Key(duration, 60.0),
     "proxy.health_interval": Key(positive_duration, 15.0),
     "proxy.log_retention": Key(positive_duration, 30 * 86400.0),
-    "process.spawner_socket": Key(config.path, "/run/blockyard/spawner.sock"),
-    "process.skip_metadata_check": Key(config.boolean, False),
     **docker.KEYS,
     "docker.spawner_socket": Key(config.path, "/run/blockyard/spawner-docker.sock"),
 }

@@ -28,11 +28,10 @@ class Cgroups:
         mounts = pathlib.Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
         self.mount = next((line.split()[4] for line in mounts if " - cgroup2 " in line), "")
         self._root = root
-        self.controllers: list[str] = []
 
     def prepare(self) -> None:
         """Make the subtree ready. Raises FileNotFoundError where it is not there, TimeoutError if that is not known."""
-        self.controllers = []
+        self.controllers: list[str] = []
         if not self._root:
             asked = subprocess.run(_ASK, stdout=subprocess.PIPE, text=True, check=False)
             if asked.returncode and os.path.isdir("/run/systemd/system"):  # not to know is not to be without
@@ -64,8 +63,7 @@ class Cgroups:
         except FileNotFoundError as error:
             if unlimited:
                 return ""
-            message = "Run 'systemctl start blockyard-workers': the workers' cgroup is not there."
-            raise Refused("no_cgroup", message) from error
+            raise Refused("no_cgroup", "Run 'systemctl start blockyard-workers': their cgroup is not there.") from error
         directory = self.directory(name)
         directory.mkdir()
         cpu = limits.cpu and f"{limits.cpu * 100} 100000"

@@ -1,6 +1,7 @@
 """Root's configuration: the keys the spawner needs, and the one loader that both daemons use. Pure but for the file.
 
-A key is a name, a default and a parser. The API adds its own keys to these; the spawner ignores what is not its own.
+A key is a name, a default and a parser. The API adds its own keys to these; the spawner ignores what is in sections
+that are not its own. In [process] nothing is ignored: a misspelled ceiling would be none.
 """
 
 import contextlib
@@ -119,6 +120,8 @@ KEYS: Mapping[str, Key] = {
     "process.runtime_dir": Key(path, "/run/blockyard/workers"),
     "process.cgroup_root": Key(lambda value: value and path(value), ""),
     "process.allow_unlimited": Key(boolean, False),
+    "process.spawner_socket": Key(path, "/run/blockyard/spawner.sock"),  # this and the next are the API's
+    "process.skip_metadata_check": Key(boolean, False),
 }
 
 
@@ -136,16 +139,21 @@ def read(file: str) -> dict[str, Any]:
 
 
 def load(file: str, environ: Mapping[str, str], keys: Mapping[str, Key]) -> dict[str, Any]:
-    """Take `keys` from a TOML file and ``BLOCKYARD_<SECTION>_<KEY>``, which overrides it. Raises ConfigError."""
+    """Take `keys` from a TOML file and ``BLOCKYARD_<SECTION>_<KEY>``, which overrides it. Raises ConfigError.
+
+    A misspelled key of [process] stops the start, too; other sections have keys that are not these.
+    """
     given = {name: (file, value) for name, value in read(file).items()}
-    for name in keys:
-        if (variable := f"BLOCKYARD_{name.replace('.', '_').upper()}") in environ:
-            given[name] = (variable, environ[variable])
+    for variable in environ:
+        if match := re.fullmatch("BLOCKYARD_([A-Z]+)_([A-Z0-9_]+)", variable):
+            given[f"{match[1]}.{match[2]}".lower()] = (variable, environ[variable])
     result = {name: key.default for name, key in keys.items()}
-    for name in given.keys() & keys.keys():
-        source, value = given[name]
+    for name, (source, value) in given.items():
+        if name.startswith("process.") and name not in keys:
+            raise ConfigError(f"{source}: unknown key '{name}'; correct its spelling or remove it.")
         try:
-            result[name] = keys[name].parse(value)
+            if name in keys:
+                result[name] = keys[name].parse(value)
         except ValueError as error:
             raise ConfigError(f"{source}: '{name}' must be {error}; it is {value!r:.80}.") from error
     return result

@@ -6,7 +6,7 @@ The values get their exact types here, once; what they may *mean* is `policy`'s 
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import msgpack
@@ -20,10 +20,7 @@ PAGE = 100  # workers in one `list` reply: at under 400 bytes each they stay bel
 Seq = Annotated[int, range(2**53)]
 WorkerId = Annotated[str, re.compile("[a-z0-9]{8,32}")]
 Name = Annotated[str, re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")]
-EnvName = Annotated[str, re.compile("[A-Z][A-Z0-9_]{0,63}")]
 Text = Annotated[str, re.compile(r"[^\x00]{0,4096}")]
-Network = Annotated[str, re.compile("host|none")]
-Access = Annotated[str, re.compile("public|logged_in|acl")]
 Amount = Annotated[int, range(1, 2**64)]  # what is too much is for root's ceilings to say
 
 
@@ -64,11 +61,12 @@ class Spawn:
     bundle: Name | None = None
     library: Name | None = None
     data: Annotated[tuple[Name, ...], range(33)] = ()
-    env: Annotated[Mapping[EnvName, Text], range(65)] = field(default_factory=dict)
-    network: Network | None = None
+    env: Annotated[Mapping[Name, Text], range(65)] = field(default_factory=dict)
+    network: Annotated[str, re.compile("host|none")] | None = None
     limits: Limits = field(default_factory=Limits)
     scratch_copy: bool = False
-    access: Access | None = None  # who may visit: where a backend has several runtimes, root chooses one by it
+    # Who may visit: where a backend has several runtimes, root chooses one by it.
+    access: Annotated[str, re.compile("public|logged_in|acl")] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,29 +120,21 @@ def _unique(pairs: list[tuple[object, object]]) -> dict[object, object]:
 
 
 def unpack(packet: bytes) -> dict[Any, Any]:
-    """Decode one packet into a map with text keys at every level. Raises Refused ``malformed``."""
-    try:
-        message = msgpack.unpackb(packet, object_pairs_hook=_unique, max_ext_len=0, max_bin_len=0)
-    except (ValueError, RecursionError, OverflowError) as error:  # msgpack's own failures are all ValueError
-        raise Refused("malformed", f"Send one msgpack map in a packet: {error or type(error).__name__}.") from error
+    """Decode one packet into a map with text keys at every level. Raises ValueError, RecursionError, OverflowError."""
+    message = msgpack.unpackb(packet, object_pairs_hook=_unique, max_ext_len=0, max_bin_len=0)
     if type(message) is not dict:
-        raise Refused("malformed", "Send one msgpack map in a packet.")
+        raise ValueError("it is no map")
     return message
 
 
 def decode(packet: bytes) -> Request:
     """Turn one packet into a request with exact types; its schema is closed. Raises Refused ``malformed``."""
-    message = unpack(packet)
     try:
+        message = unpack(packet)
         request: Request = _typed(_OPERATIONS[message.pop("op", None)], message)
-    except (ValueError, TypeError, KeyError) as error:
-        raise Refused("malformed", f"Correct the request: {error!s:.200}.") from error
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        raise Refused("malformed", f"Send one msgpack map in a packet, a request's: {error!r:.200}.") from error
     return request
-
-
-def encode(request: Request) -> bytes:
-    """Turn a request into a packet, for the client's side."""
-    return reply(op=type(request).__name__.lower(), **asdict(request))
 
 
 def reply(**message: object) -> bytes:

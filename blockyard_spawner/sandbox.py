@@ -14,7 +14,6 @@ from blockyard_spawner.policy import Launch
 PROGRAMS = {"app": "launch.R", "probe": "probe.py"}
 PLACE = "/run/blockyard"
 _R_OPTIONS = ("--no-echo", "--no-restore", "--no-save", "--no-init-file", f"--file={PLACE}/launch.R")
-_PROBE = ("/usr/bin/python3", "-I", f"{PLACE}/probe.py")
 _NAMESPACES = ("--unshare-user", "--disable-userns", "--unshare-pid", "--unshare-ipc", "--unshare-uts")
 _READABLE = (
     *("/usr", "/opt/R"),  # the latter: where other makers put versions of R
@@ -23,7 +22,6 @@ _READABLE = (
     *("/etc/ssl/certs", "/etc/ssl/openssl.cnf", "/etc/mime.types", "/etc/localtime", "/etc/timezone"),
 )
 _RESOLVER = ("/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/hosts", "/etc/host.conf", "/etc/services")
-_SHM = str(64 << 20)
 
 
 def files(config: Mapping[str, Any], uid: int, kind: str, program: bytes) -> dict[str, bytes]:
@@ -35,7 +33,7 @@ def files(config: Mapping[str, Any], uid: int, kind: str, program: bytes) -> dic
 
 def command(r_path: str, kind: str) -> tuple[str, ...]:
     """Name what runs inside, and its arguments."""
-    return _PROBE if kind == "probe" else (r_path, *_R_OPTIONS)
+    return ("/usr/bin/python3", "-I", f"{PLACE}/probe.py") if kind == "probe" else (r_path, *_R_OPTIONS)
 
 
 def bwrap_argv(config: Mapping[str, Any], launch: Launch, made: Mapping[str, bytes], *, lasting: bool) -> list[str]:
@@ -53,7 +51,7 @@ def bwrap_argv(config: Mapping[str, Any], launch: Launch, made: Mapping[str, byt
         argv += ["--bind-fd" if source.writable else "--ro-bind-fd", next(descriptor), source.target]
     for target in made:
         argv += ["--perms", "0444", "--file", next(descriptor), target]
-    argv += ["--proc", "/proc", "--dev", "/dev", "--size", _SHM, "--tmpfs", "/dev/shm"]  # noqa: S108
+    argv += ["--proc", "/proc", "--dev", "/dev", "--size", str(64 << 20), "--tmpfs", "/dev/shm"]  # noqa: S108
     argv += ["--size", str(launch.limits.tmp), "--tmpfs", "/tmp"]  # noqa: S108
     argv += ["--bind", f"{config['process.runtime_dir']}/{launch.request.id}", "/run/worker"]
     argv += ["--remount-ro", "/dev", "--remount-ro", "/"]

@@ -26,8 +26,6 @@ Answer = tuple[dict[str, object], int]  # the reply's map, and a descriptor to g
 class Backend(Protocol):
     """What starts and ends workers: `workers.Workers` here, something else in another helper of the same protocol."""
 
-    unprivileged: bool
-
     @property
     def by_id(self) -> dict[str, Worker]:
         """All workers, also those that ended lately."""
@@ -66,15 +64,14 @@ class _Conversation:
         """Answer until the peer goes. Requests begin in order; what takes time may be overtaken by others."""
         with self._connection:
             try:
-                self._refused = self._peer["peer_uid"] not in peers
-                if self._refused:
-                    audit("refusal", "Connect as the API's user.", result="wrong_peer", **self._peer)
-                    raise EOFError  # noqa: TRY301 - handled as one that has gone
                 async with asyncio.TaskGroup() as answering:
-                    while True:
+                    while self._peer["peer_uid"] in peers:
                         await self._take(answering)
+                    audit("refusal", "Connect as the API's user.", result="wrong_peer", **self._peer)
+                    self._refused = True
             except* (OSError, EOFError):  # it has gone, or is not understood; what it asked for goes on
-                await asyncio.sleep(_PAUSE * self._refused)  # in its place: nothing is gained by connecting anew
+                pass  # and no await is here: the spawner's end would come out of it as a group, an error
+            await asyncio.sleep(_PAUSE * self._refused)  # in its place: nothing is gained by connecting anew
 
     async def _take(self, answering: asyncio.TaskGroup) -> None:
         await readable(self._connection.fileno())
@@ -147,13 +144,11 @@ class _Conversation:
         return {"id": worker.id, "result": worker.result}, -1
 
     async def _list(self, request: List, _: list[int]) -> Answer:
-        known = [worker for _, worker in sorted(self._workers.by_id.items()) if worker.state != "starting"]
-        found = [worker for worker in known if worker.id > (request.after or "")]
-        if request.id:
-            found = [self._find(request.id)]
-        page = [worker.record("app", "state", "result") for worker in found[: protocol.PAGE]]
-        answer = {"workers": page, "more": len(found) > protocol.PAGE, "unprivileged": self._workers.unprivileged}
-        return answer, found[0].pidfd if request.id else -1
+        known = sorted(name for name, worker in self._workers.by_id.items() if worker.state != "starting")
+        names = [request.id] if request.id else [name for name in known if name > (request.after or "")]
+        page = [self._find(name).record("app", "state", "result") for name in names[: protocol.PAGE]]
+        answer = {"workers": page, "more": len(names) > protocol.PAGE}
+        return answer, self._find(request.id).pidfd if request.id else -1
 
 
 # The whole privileged surface.

@@ -77,11 +77,12 @@ class Workers:
             self._cgroups.prepare()
         for name in os.listdir(self._directory("")):
             uid = os.lstat(self._directory(name)).st_uid
-            if uid not in self.free_uids:
+            if uid == 0:
                 with contextlib.suppress(OSError):  # made, but not yet given away: empty
                     os.rmdir(self._directory(name))
                 continue
-            self.free_uids.remove(uid)
+            with contextlib.suppress(ValueError):  # the pool was another when it began
+                self.free_uids.remove(uid)
             worker = self.by_id[name] = Worker(name, "", uid, state="running")
             with contextlib.suppress(StopIteration, IndexError, OSError):  # it ended meanwhile, or never came to exec
                 worker.pid = next(pid for pid in self._cgroups.pids(name) if len(_pids_within(pid)) == 1)
@@ -129,7 +130,8 @@ class Workers:
 
     async def stop(self, worker: Worker, grace: float, peer: Mapping[str, object]) -> None:
         """Interrupt the app, after `grace` seconds kill what is left; return when everything is gone."""
-        if worker.state == "running" and not _has_ended(worker.pidfd):  # else it ended by itself, and is told so
+        # Else it ended by itself, and is told so.
+        if worker.state == "running" and worker.pidfd >= 0 and not _has_ended(worker.pidfd):
             worker.state = "stopping"
             worker.audit("stop", "ok", "is being stopped", **peer)
             self._tasks.create_task(self._interrupt(worker, grace))
@@ -147,14 +149,15 @@ class Workers:
                 await self._run_as(worker, "kill -KILL $1", str(worker.pid))
 
     async def _live(self, worker: Worker) -> None:
-        exited = await _exit_of(worker.pidfd)
+        status, number = await _exit_of(worker.pidfd)
         worker.pidfd = -1
         kills = await self._clear(worker)
-        self.free_uids.append(worker.uid)
+        if self.unprivileged or worker.uid in policy.uids(self.config):
+            self.free_uids.append(worker.uid)
         if worker.state == "starting":  # it never ran, and its refusal is in the audit
             del self.by_id[worker.id]
             return
-        worker.result = _result(exited, kills, stopped=worker.state == "stopping")
+        worker.result = outcome(status, number, kills, stopped=worker.state == "stopping")
         worker.state = "ended"
         worker.ended.set()
         worker.audit("exit", worker.result["reason"], f"ended: {worker.result}")
@@ -173,9 +176,8 @@ class Workers:
                     await self._run_as(worker, _SWEEP, self._directory(worker.id))
                     os.rmdir(self._directory(worker.id))
             except (OSError, Refused) as error:  # a TimeoutError is an OSError
-                if getattr(error, "errno", None) == errno.ENODEV:  # systemd removed its cgroup as it was looked at
-                    continue
-                worker.audit("exit", "quarantined", f"cannot be cleared away yet, so its uid rests: {error!r}")
+                if getattr(error, "errno", None) != errno.ENODEV:  # systemd removed its cgroup as it was looked at
+                    worker.audit("exit", "quarantined", f"cannot be cleared away yet, so its uid rests: {error!r}")
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 return kills
@@ -199,28 +201,23 @@ class Workers:
 
 def _has_ended(pidfd: int) -> bool:
     waiting = select.poll()  # not select(), which knows no descriptor above 1023
-    if pidfd >= 0:
-        waiting.register(pidfd, select.POLLIN)
-    return pidfd < 0 or bool(waiting.poll(0))
+    waiting.register(pidfd, select.POLLIN)
+    return bool(waiting.poll(0))
 
 
-async def _exit_of(pidfd: int) -> os.waitid_result | None:
-    """Wait for a process's end, close its pidfd, and return how it ended; None if that cannot be known."""
+async def _exit_of(pidfd: int) -> tuple[int | None, int | None]:
+    """Wait for a process's end, close its pidfd, and return its status or its signal; neither if it cannot be known."""
     if pidfd < 0:
-        return None
+        return None, None
     try:
         await readable(pidfd)
-        return os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 - it has ended
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 - it has ended
     except ChildProcessError:  # adopted: not this process's child
-        return None
+        return None, None
     finally:
         os.close(pidfd)
-
-
-def _result(exited: os.waitid_result | None, kills: int, *, stopped: bool) -> dict[str, object]:
-    status = exited.si_status if exited and exited.si_code == os.CLD_EXITED else None
-    number = exited.si_status if exited and exited.si_code != os.CLD_EXITED else None
-    return outcome(status, number, kills, stopped=stopped)
+    number = ended.si_status if ended else None
+    return (number, None) if ended and ended.si_code == os.CLD_EXITED else (None, number)
 
 
 def outcome(status: int | None, number: int | None, kills: int, *, stopped: bool) -> dict[str, object]:

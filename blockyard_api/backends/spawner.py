@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from blockyard_api.errors import BlockyardError, Unavailable
@@ -86,7 +86,7 @@ class _Connection:
         return self.sock.fileno() < 0
 
     def read(self) -> None:
-        """Take one reply; raises OSError, ValueError or Refused when the connection is of no further use."""
+        """Take one reply; raises OSError or what `unpack` raises when the connection is of no further use."""
         space = socket.CMSG_LEN(array.array("i").itemsize)  # CMSG_SPACE would leave room for two
         packet, ancillary, flags, _ = self.sock.recvmsg(protocol.MAX_PACKET, space, socket.MSG_CMSG_CLOEXEC)
         numbers = array.array("i")
@@ -209,7 +209,7 @@ class Spawner:
         seq = self._next
         waiter = asyncio.get_running_loop().create_future()
         connection.waiting[seq] = waiter
-        packet = protocol.encode(_numbered(request, seq))
+        packet = encode(_numbered(request, seq))
         try:
             if descriptor is None:
                 connection.sock.send(packet)
@@ -276,7 +276,7 @@ class Spawner:
                 connection.read()
             except BlockingIOError:
                 return
-            except (OSError, ValueError, protocol.Refused) as error:
+            except (OSError, ValueError, RecursionError, OverflowError) as error:
                 connection.fail(str(error))
 
         loop.add_reader(sock, readable)
@@ -310,6 +310,11 @@ def _understanding() -> Iterator[None]:
 def _close(descriptor: int | None) -> None:
     if descriptor is not None:
         os.close(descriptor)
+
+
+def encode(request: protocol.Request) -> bytes:
+    """Turn a request into a packet."""
+    return protocol.reply(op=type(request).__name__.lower(), **asdict(request))
 
 
 def _numbered(request: protocol.Request, seq: int) -> protocol.Request:

@@ -19,6 +19,7 @@ from pathlib import Path
 from _measure import Options, Row
 from whole_pair import Pair, spawner
 
+from blockyard_api.backends.spawner import encode
 from blockyard_spawner import protocol
 
 TITLE = "The sandbox: what it costs"
@@ -77,7 +78,7 @@ class Starter:
         name = f"bench{number:08d}"
         reading, writing = os.pipe()
         request = protocol.Spawn(number, name, "app", "bench", bundle=self.bundle)
-        socket.send_fds(self._connection, [protocol.encode(request)], [writing])
+        socket.send_fds(self._connection, [encode(request)], [writing])
         os.close(writing)
         packet, descriptors, _, _ = socket.recv_fds(self._connection, protocol.MAX_PACKET, 1)
         if "error" in (reply := protocol.unpack(packet)):
@@ -85,7 +86,7 @@ class Starter:
         try:
             yield reading
         finally:
-            self._connection.send(protocol.encode(protocol.Stop(0, name, 0)))
+            self._connection.send(encode(protocol.Stop(0, name, 0)))
             self._connection.recv(protocol.MAX_PACKET)
             for descriptor in (reading, *descriptors):
                 os.close(descriptor)

@@ -21,6 +21,7 @@ import httpx
 from _measure import Options, Row, resident_bytes
 from running_pair import HELLO, Pair, simple_app, wait_for
 
+from blockyard_api.backends.spawner import encode
 from blockyard_spawner import protocol
 
 TITLE = "The whole pair, examples/hello"
@@ -112,12 +113,12 @@ def spawn(rounds: int) -> list[Row]:
             request = protocol.Spawn(number + 1, worker, "app", "plain", bundle=bundle)
             read_end, write_end = os.pipe()
             began = time.perf_counter()
-            socket.send_fds(sock, [protocol.encode(request)], [write_end])
+            socket.send_fds(sock, [encode(request)], [write_end])
             packet, descriptors, _, _ = socket.recv_fds(sock, protocol.MAX_PACKET, 1)
             times.append(time.perf_counter() - began)
             if "error" in (reply := protocol.unpack(packet)):
                 raise RuntimeError(f"the spawner refused: {reply}")
-            sock.send(protocol.encode(protocol.Stop(0, worker, 0)))
+            sock.send(encode(protocol.Stop(0, worker, 0)))
             sock.recv(protocol.MAX_PACKET)
             for descriptor in (read_end, write_end, *descriptors):
                 os.close(descriptor)
@@ -132,7 +133,7 @@ def spawner(pair: Pair) -> Iterator[socket.socket]:
     """Connect to the spawner, as the API does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.connect(str(pair.spawner_socket))
-        sock.send(protocol.encode(protocol.Hello(0, protocol.VERSION)))
+        sock.send(encode(protocol.Hello(0, protocol.VERSION)))
         sock.recv(protocol.MAX_PACKET)
         yield sock
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import h11
 
+from blockyard_api.backends.spawner import encode
 from blockyard_api.relay import head as heads
 from blockyard_api.relay.body import LAST_CHUNK, BadBody, ChunkedDecoder, chunk
 from blockyard_api.relay.gate import Forward
@@ -62,7 +63,7 @@ def packet(data: bytes) -> None:
     else:
         assert type(request.seq) is int
         assert 0 <= request.seq < 2**53
-        assert protocol.decode(protocol.encode(request)) == request
+        assert protocol.decode(encode(request)) == request
         return
     assert told.code == "malformed"  # the others are not the decoder's to say
     assert len(told.message) < 2000

@@ -5,7 +5,8 @@ takeover.py ask SOCKET < requests    send requests, one JSON object a line, and 
 takeover.py flood SOCKET TIMES       send a full load of descriptors again and again
 takeover.py hold SOCKET COUNT        start so many probes at once, and go away without a word
 takeover.py write PATH…              try to write to files, and to make, move and remove them
-takeover.py race SOCKET DIRECTORY NAME OTHER TIMES   swap a bundle's name with a link while workers start
+takeover.py race SOCKET DIRECTORY NAME OTHER TIMES WORD   swap a bundle's name with a link while workers start, so many
+                                                          times or until one has said a word, at most 50 times as often
 """
 
 import contextlib
@@ -126,7 +127,7 @@ def write(*paths):
     return {"tried": tried, "possible": possible}
 
 
-def race(path, directory, name, other, times):
+def race(path, directory, name, other, times, word):
     """Start workers from a name that is a directory at one moment and a link to another at the next."""
     exchange = (
         "import ctypes, sys\nlibc = ctypes.CDLL(None)\n"
@@ -137,7 +138,9 @@ def race(path, directory, name, other, times):
     racer = subprocess.Popen([sys.executable, "-c", exchange, f"{directory}/{name}", link])
     heard, refused = [], 0
     try:
-        for number in range(int(times)):
+        for number in range(50 * int(times)):
+            if number >= int(times) and any(word in text for text in heard):
+                break
             client = Client(path)
             reading, writing = os.pipe()
             wish = {"op": "spawn", "id": f"race{os.getpid():08}{number:05}", "kind": "app", "app": "race"}

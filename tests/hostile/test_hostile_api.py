@@ -143,10 +143,10 @@ def test_a_bundle_that_is_swapped_for_a_link_while_workers_start_leads_nowhere_e
         (place / "app.R").chmod(0o644)
     try:
         times = 40 if target.processes > 10_000 else 8
-        found = told(target, "race", target.spawner_socket, target.state / "bundles", name, outside, times)
-        assert len(found["heard"]) + found["refused"] == times
+        found = told(target, "race", target.spawner_socket, target.state / "bundles", name, outside, times, "INSIDE")
+        assert len(found["heard"]) + found["refused"] >= times
         assert [text for text in found["heard"] if "OUTSIDE" in text] == []
-        assert found["refused"] or any("INSIDE" in text for text in found["heard"])
+        assert any("INSIDE" in text for text in found["heard"]), "none got through, so nothing was raced for"
     finally:
         subprocess.run(["rm", "-rf", outside, inside], check=True)
 

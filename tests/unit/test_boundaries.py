@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SPAWNER = sorted((ROOT / "blockyard_spawner").glob("*.py"))  # what is in sandboxed/, root never loads
 API = sorted((ROOT / "blockyard_api").rglob("*.py"))
-BUDGET = 930  # it only ever gets smaller
+BUDGET = 916  # it only ever gets smaller
 
 # All that root runs beside the standard library.
 ALLOWED = {"blockyard_spawner", "cysystemd", "msgpack", "prctl", "sdnotify"}

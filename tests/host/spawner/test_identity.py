@@ -64,6 +64,28 @@ def test_a_worker_has_one_uid_one_gid_and_no_further_group_whatever_the_spawner_
         assert of(pid, "Groups") == []
 
 
+STAYS_ROOT = """
+import os
+really = os.{call}
+os.{call} = lambda *ids: really(*ids) if ids == (0, 0, 0) else None
+from blockyard_spawner.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("call", ["setresuid", "setresgid"])
+def test_a_worker_that_could_become_root_again_is_not_started(stopped_spawner, call):
+    (stopped_spawner.root / "stays_root.py").write_text(STAYS_ROOT.format(call=call))
+    stopped_spawner.prefix, stopped_spawner.module = ("env", f"PYTHONPATH={stopped_spawner.root}"), "stays_root"
+    stopped_spawner.start()
+    client = stopped_spawner.client()
+    with pytest.raises(Refusal, match="privilege could be had back after it was dropped"):
+        stopped_spawner.run_r(client, "worker0001", WAITING)
+    assert client.call("list")["workers"] == []
+    eventually(lambda: "quarantined" in stopped_spawner.audit_text(), "not even its directory is swept by such a root")
+    assert stopped_spawner.leftovers() == {"directories": ["worker0001"]}
+
+
 def test_the_gid_is_the_one_that_root_configured(stopped_spawner):
     stopped_spawner.configure(worker_gid=64999)
     stopped_spawner.start()

@@ -3,11 +3,22 @@
 import contextlib
 import ctypes
 import os
+import re
 import socket
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from running_spawner import EXAMPLES, PROLOGUE, Refusal, acting_as, api_user, told
+
+# Becomes another program, which holds so many descriptors that an exec would pass on.
+HOLDS = """
+import os, sys
+for _ in range(int(sys.argv[1])):
+    os.set_inheritable(os.open("/etc/passwd", os.O_RDONLY), True)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 def test_the_environment_stays_out_of_the_command_line(spawner, client):
@@ -19,6 +30,7 @@ def test_the_environment_stays_out_of_the_command_line(spawner, client):
 def test_the_descriptors_are_the_three_standard_ones(stopped_spawner):
     # In R's place a script of the bundle, which finds what it was given before anything else opened a file.
     stopped_spawner.configure(r_path="/app/program")
+    stopped_spawner.prefix = (sys.executable, "-c", HOLDS, "500")
     stopped_spawner.start()
     client = stopped_spawner.client()
     script = "#!/bin/sh\nls -l /proc/$$/fd /proc/1/fd; echo all\nsleep 600"
@@ -26,6 +38,7 @@ def test_the_descriptors_are_the_three_standard_ones(stopped_spawner):
     (bundle / "program").chmod(0o755)
     for number in range(3):  # a spawner that holds other workers' descriptors
         worker = stopped_spawner.spawn(client, f"worker{number:04}", "script")
+    assert len(os.listdir(f"/proc/{stopped_spawner.process.pid}/fd")) > 500
     worker.wait_for_output("all")
     of_bwrap, of_program = "".join(worker.lines).split("/proc/2/fd:")
     held, given = (
@@ -35,6 +48,19 @@ def test_the_descriptors_are_the_three_standard_ones(stopped_spawner):
     assert log.startswith("pipe:")
     assert sorted(given) == [["0", "/dev/null"], ["1", log], ["10", "/app/program"], ["2", log]]  # 10: the shell's own
     assert [target for _, target in held] == ["/dev/null", log, log, "anon_inode:[eventfd]"]  # for its child's status
+
+
+def test_a_worker_dumps_no_core_and_opens_no_more_files_than_it_may(stopped_spawner):
+    stopped_spawner.prefix = ("prlimit", "--core=unlimited", "--nofile=20000")  # what it would have without its own
+    stopped_spawner.start()
+    worker = stopped_spawner.run_r(stopped_spawner.client(), "worker0001", "message('up'); Sys.sleep(600)")
+    worker.wait_for_output("up")
+    pids = (stopped_spawner.cgroup_root / "workers/worker0001/cgroup.procs").read_text().split()
+    assert len(pids) == 3  # bwrap outside, bwrap inside, R
+    for pid in pids:
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        assert re.search(r"Max core file size +0 +0 ", limits), limits
+        assert re.search(r"Max open files +4096 +4096 ", limits), limits
 
 
 def test_the_root_holds_what_is_allowed_and_nothing_else(spawner, client):
@@ -186,7 +212,7 @@ def test_a_name_that_is_swapped_while_workers_start_leads_nowhere_else(spawner, 
     finally:
         racer.kill()
         racer.wait()
-    assert heard
+    assert [text for text in heard if "TOLD inside" in text]
     assert not [text for text in heard if "TOLD outside" in text]
 
 

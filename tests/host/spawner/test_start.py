@@ -3,13 +3,24 @@
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from running_spawner import EXAMPLES, acting_as, api_user, eventually
 
 WAITING = "Sys.sleep(600)"
+LOOKS = """
+import os, sys
+for path in sys.argv[1:]:
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+        print("opened")
+    except OSError as error:
+        print(type(error).__name__)
+"""
 
 
 def run(*arguments, **options):
@@ -54,12 +65,67 @@ def test_a_strict_umask_shuts_nobody_out(stopped_spawner):
         assert (stopped_spawner.cgroup_root / "workers/worker0001/cgroup.procs").read_text()
 
 
-def test_the_spawner_cannot_be_traced_or_dumped_and_says_its_name(spawner):
-    assert status_of(spawner.process)["Name"] == "blockyard-spawn"
+def test_the_spawner_cannot_be_traced_or_dumped_and_says_its_name(stopped_spawner):
+    """Not even by its own uid, which without root is what the API has, too."""
     user = api_user()
-    with acting_as(user.pw_uid, user.pw_gid), pytest.raises(PermissionError):
-        os.listdir(f"/proc/{spawner.process.pid}/fd")
-    assert os.stat(f"/proc/{spawner.process.pid}/mem").st_uid == 0
+    os.chown(stopped_spawner.root, user.pw_uid, user.pw_gid)
+    as_user = ("setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups", "--bounding-set=-all")
+    stopped_spawner.configure(cgroup_root="/nonexistent")
+    stopped_spawner.prefix = as_user
+    stopped_spawner.arguments = ("--socket", str(stopped_spawner.socket), "--unprivileged")
+    stopped_spawner.start()
+    assert status_of(stopped_spawner.process)["Name"] == "blockyard-spawn"
+
+    def looked_into(process):
+        places = [f"/proc/{process.pid}/{name}" for name in ("environ", "maps", "fd")]
+        argv = [*as_user, sys.executable, "-c", LOOKS, *places]
+        return subprocess.run(argv, capture_output=True, text=True, check=True, cwd="/").stdout.split()
+
+    twin = subprocess.Popen([*as_user, "sleep", "600"], cwd="/")  # the same, but as dumpable as any program
+    try:
+        eventually(lambda: status_of(twin)["Name"] == "sleep", "it is itself")
+        assert looked_into(twin) == ["opened"] * 3
+        assert looked_into(stopped_spawner.process) == ["PermissionError"] * 3
+    finally:
+        twin.kill()
+        twin.wait()
+
+
+def test_systemd_is_told_of_the_start_the_present_and_the_end(stopped_spawner, monkeypatch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(stopped_spawner.root / "notify"))
+        systemd.settimeout(30)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(stopped_spawner.root / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "1000000")
+        stopped_spawner.start()
+        free = len(stopped_spawner.uids)
+        idle, busy = (
+            f"WATCHDOG=1\nSTATUS=0 workers, {free} uids free",
+            f"WATCHDOG=1\nSTATUS=1 workers, {free - 1} uids free",
+        )
+        assert [systemd.recv(4096).decode() for _ in range(2)] == ["READY=1", idle]
+        stopped_spawner.run_r(stopped_spawner.client(), "worker0001", WAITING)
+        until(systemd, busy, idle)
+        began = time.monotonic()
+        assert [systemd.recv(4096).decode() for _ in range(3)] == [busy] * 3
+        assert 0.1 < time.monotonic() - began < 3  # twice in the second that its watchdog allows
+        assert stopped_spawner.end() == 0
+        until(systemd, "STOPPING=1", busy)
+
+
+def until(systemd, last, *before):
+    """Read what systemd is told up to a message; before it comes nothing but these."""
+    while (message := systemd.recv(4096).decode()) != last:
+        assert message in before
+
+
+def test_an_end_in_the_pause_after_a_refusal_is_an_end_like_any_other(spawner):
+    client = spawner.client(greet=False)
+    client.send_raw(b"garbage")
+    assert client.receive()[0]["error"]["code"] == "malformed"
+    spawner.process.send_signal(signal.SIGTERM)  # the connection keeps its place for a moment
+    assert spawner.process.wait(30) == 0, spawner.audit_text()
+    assert "Traceback" not in spawner.audit_text()
 
 
 def test_a_socket_that_systemd_passes_is_served(stopped_spawner):
@@ -115,7 +181,6 @@ def test_an_ordinary_user_runs_workers_of_its_own(stopped_spawner):
     worker = stopped_spawner.spawn(client, "worker0001", stopped_spawner.bundle("hello", EXAMPLES / "hello"))
     assert worker.get().startswith("HTTP/1.1 200 OK")
     assert (worker.uid, worker.cgroup) == (user.pw_uid, "")
-    assert client.call("list")["unprivileged"] is True
     assert client.call("stop", id="worker0001", grace=0)["result"]["reason"] == "stopped"
     assert select.select([worker.pidfd], [], [], 30)[0]
     assert list(stopped_spawner.runtime_dir.iterdir()) == []
@@ -128,6 +193,7 @@ def test_an_ordinary_user_runs_workers_of_its_own(stopped_spawner):
     [
         ("[process]\napi_user = 'nobody-of-that-name'", ["process.api_user", "nobody-of-that-name"]),
         ("[process]\nnetwork = 'bridge'", ["process.network", "host"]),
+        ("[process]\nmemroy_ceiling = '1g'", ["blockyard.toml", "process.memroy_ceiling", "correct its spelling"]),
         ("[process]\nworker_uid_range_start = 70000\nworker_uid_range_end = 65000", ["worker_uid_range_end"]),
         ("[storage]\nbundle_worker_path = '/usr/share'", ["bundle_worker_path"]),
         (

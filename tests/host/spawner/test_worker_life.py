@@ -194,6 +194,29 @@ def test_a_spawner_that_is_told_to_end_leaves_workers_running(spawner, client, e
     assert worker.pid in processes_of(spawner.uids)
 
 
+def test_a_worker_of_another_pool_is_found_again_and_its_uid_does_not_come_into_this_one(spawner, client):
+    worker = spawner.spawn(client, "worker0001", spawner.bundle("hello", EXAMPLES / "hello"), app="hello")
+    worker.get()
+    spawner.end()
+    spawner.configure(worker_uid_range_start=worker.uid + 1)
+    spawner.start()
+    client = spawner.client(greet=False)
+    assert client.hello()["uids_free"] == len(spawner.uids) - 1
+    assert client.call("list")["workers"][0]["pid"] == worker.pid
+    assert worker.get().startswith("HTTP/1.1 200 OK")
+    assert client.call("stop", id="worker0001")["result"]["reason"] == "stopped"
+    assert spawner.leftovers() == {}
+    assert spawner.client(greet=False).hello()["uids_free"] == len(spawner.uids) - 1
+
+
+def test_a_directory_that_was_made_and_not_yet_given_away_is_removed_at_the_start(spawner):
+    spawner.end()
+    (spawner.runtime_dir / "worker0001").mkdir(mode=0o700)
+    spawner.start()
+    assert spawner.leftovers() == {}
+    assert spawner.client(greet=False).hello()["uids_free"] == len(spawner.uids)
+
+
 def test_what_died_while_no_spawner_ran_is_cleared_away(spawner, client):
     spawner.run_r(client, "worker0001", WAITING)
     spawner.end(signal.SIGKILL)

@@ -195,6 +195,18 @@ static long descriptors(void) {  // how many can be open; never more than the li
     printf("%d ", count);
     return -1;
 }
+static long files(void) {  // empty ones, wherever a file costs no space
+    char name[64];
+    for (long made = 0;; made++) {
+        snprintf(name, sizeof name, made % 2 ? "/tmp/%ld" : "/dev/shm/%ld", made);
+        int file = open(name, O_CREAT | O_WRONLY, 0600);
+        if (file < 0) {
+            printf("%ld ", made);
+            return -1;
+        }
+        close(file);
+    }
+}
 static long swarm(void) {  // tiny processes, each a grandchild in a session of its own; the last ones stay
     int wanted = atoi(argument), lasting = 100;
     signal(SIGTERM, SIG_IGN);
@@ -244,7 +256,8 @@ static const struct {
     {"setgid", setgid_root}, {"setgroups", groups}, {"mknod", device}, {"sethostname", hostname},
     {"reboot", reboot_}, {"swapon", swapon_}, {"acct", acct_}, {"syslog", kernel_log}, {"clock_settime", set_clock},
     {"realtime", priority}, {"plant_shm", plant_shm}, {"find_shm", find_shm}, {"plant_queue", plant_queue},
-    {"find_queue", find_queue}, {"drop_queue", drop_queue}, {"descriptors", descriptors}, {"swarm", swarm}, {"stopped", stopped},
+    {"find_queue", find_queue}, {"drop_queue", drop_queue}, {"descriptors", descriptors}, {"files", files}, {"swarm", swarm},
+    {"stopped", stopped},
 };
 
 int main(int argc, char **argv) {

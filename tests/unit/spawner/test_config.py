@@ -98,8 +98,26 @@ def test_a_mistake_in_the_environment_names_the_variable():
 
 
 def test_the_spawner_ignores_keys_that_are_the_apis(file):
-    path = file("[proxy]\nmax_workers = 5\n[process]\nnetwork = 'none'")
-    assert config.load(path, {}, KEYS)["process.network"] == "none"
+    path = file(
+        "[proxy]\nmax_workers = 5\n[docker]\nspawner_socket = '/x'\n"
+        "[process]\nnetwork = 'none'\nspawner_socket = '/x'\nskip_metadata_check = true"
+    )
+    others = {"BLOCKYARD_PROXY_MAX_WORKERS": "5", "BLOCKYARD_TOKEN": "x", "blockyard_process_x": "x"}
+    assert config.load(path, others, KEYS)["process.network"] == "none"
+
+
+@pytest.mark.parametrize("key", ["memroy_ceiling = '1g'", "netwrok = 'none'", "Network = 'none'", "network2 = 'none'"])
+def test_a_misspelled_key_of_process_is_one_sentence_with_file_key_and_remedy(file, key):
+    path = file(f"[process]\n{key}")
+    name = key.partition(" ")[0]
+    with pytest.raises(ConfigError) as error:
+        config.load(path, {}, KEYS)
+    assert str(error.value) == f"{path}: unknown key 'process.{name}'; correct its spelling or remove it."
+
+
+def test_a_misspelled_variable_of_process_is_named():
+    with pytest.raises(ConfigError, match=r"BLOCKYARD_PROCESS_NETWROK: unknown key 'process\.netwrok'"):
+        config.load("/nonexistent", {"BLOCKYARD_PROCESS_NETWROK": "none"}, KEYS)
 
 
 def test_a_key_may_be_added_by_the_api(file):

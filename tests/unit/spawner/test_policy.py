@@ -92,7 +92,7 @@ def test_data_comes_from_roots_list_alone_and_once():
     assert refusal.value.code == "no_such_data"
 
 
-READ_AT_START = ["PATH", "HOME", "LD_PRELOAD", "R_PROFILE", "R_LIBS", "BASH_ENV", "TZ", "MYAPP_X", "XAPP_Y"]
+READ_AT_START = ["PATH", "HOME", "LD_PRELOAD", "R_PROFILE", "R_LIBS", "BASH_ENV", "TZ", "MYAPP_X", "XAPP_Y", "app_z"]
 OURS = ["BLOCKYARD_APP", "BLOCKYARD_WORKER", "BLOCKYARD_SCRATCH", "BLOCKYARD_SOCKET"]
 
 
