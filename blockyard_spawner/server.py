@@ -147,7 +147,7 @@ class _Conversation:
         known = sorted(name for name, worker in self._workers.by_id.items() if worker.state != "starting")
         names = [request.id] if request.id else [name for name in known if name > (request.after or "")]
         page = [self._find(name).record("app", "state", "result") for name in names[: protocol.PAGE]]
-        answer = {"workers": page, "more": len(names) > protocol.PAGE}
+        answer = {**self._workers.about(), "workers": page, "more": len(names) > protocol.PAGE}
         return answer, self._find(request.id).pidfd if request.id else -1
 
 

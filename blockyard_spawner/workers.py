@@ -76,14 +76,15 @@ class Workers:
         with contextlib.suppress(FileNotFoundError):  # each spawn will try again
             self._cgroups.prepare()
         for name in os.listdir(self._directory("")):
-            uid = os.lstat(self._directory(name)).st_uid
-            if uid == 0:
+            found = os.lstat(self._directory(name))
+            if found.st_uid == 0:
                 with contextlib.suppress(OSError):  # made, but not yet given away: empty
                     os.rmdir(self._directory(name))
+            if found.st_uid == 0 or found.st_gid != self._api_gid:  # the latter are none of ours: a careless setting
                 continue
             with contextlib.suppress(ValueError):  # the pool was another when it began
-                self.free_uids.remove(uid)
-            worker = self.by_id[name] = Worker(name, "", uid, state="running")
+                self.free_uids.remove(found.st_uid)
+            worker = self.by_id[name] = Worker(name, "", found.st_uid, state="running")
             with contextlib.suppress(StopIteration, IndexError, OSError):  # it ended meanwhile, or never came to exec
                 worker.pid = next(pid for pid in self._cgroups.pids(name) if len(_pids_within(pid)) == 1)
                 worker.pidfd = os.pidfd_open(worker.pid)
@@ -99,8 +100,7 @@ class Workers:
 
     def status(self) -> str:
         """Describe the present in a line."""
-        running = sum(worker.result is None for worker in self.by_id.values())
-        return f"{running} workers, {len(self.free_uids)} uids free"
+        return f"{sum(not worker.result for worker in self.by_id.values())} workers, {len(self.free_uids)} uids free"
 
     async def spawn(self, request: Spawn, log: int, peer: Mapping[str, object]) -> Worker:
         """Start one; when this returns, bwrap runs. Raises Refused."""

@@ -40,8 +40,6 @@ _CONTROLLERS = {"memory": "MemoryLimit", "cpu": "CpuCfsQuota", "pids": "PidsLimi
 class Containers:
     """All workers. Each has a task for its life; the containers themselves go on when those tasks are cancelled."""
 
-    unprivileged = False
-
     def __init__(self, config: Mapping[str, Any], api_gid: int, engine: Engine, keeper: Keeper) -> None:
         self.config, self._engine, self._keeper = config, engine, keeper
         self.networks = Networks(config, engine)

@@ -172,6 +172,7 @@ def test_an_ordinary_user_runs_workers_of_its_own(stopped_spawner):
     stopped_spawner.start()
     client = stopped_spawner.client(greet=False)
     assert client.hello()["unprivileged"] is True
+    assert client.call("list")["unprivileged"] is True
     assert "'unprivileged': True" in stopped_spawner.audit()[0]["MESSAGE"]
     # Moving a process into the subtree needs rights at its common root with our own: without them, no cgroup.
     stopped_spawner.end()

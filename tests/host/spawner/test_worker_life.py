@@ -2,6 +2,7 @@
 
 import os
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -207,6 +208,23 @@ def test_a_worker_of_another_pool_is_found_again_and_its_uid_does_not_come_into_
     assert client.call("stop", id="worker0001")["result"]["reason"] == "stopped"
     assert spawner.leftovers() == {}
     assert spawner.client(greet=False).hello()["uids_free"] == len(spawner.uids) - 1
+
+
+def test_a_directory_of_somebody_else_below_the_runtime_directory_is_left_alone(spawner):
+    home = spawner.runtime_dir / "somebody"  # as where /home was written by mistake
+    home.mkdir(mode=0o755)
+    (home / "thesis").write_text("years of work")
+    empty = spawner.runtime_dir / "another"
+    empty.mkdir(mode=0o700)
+    for directory in (home, empty):
+        os.chown(directory, 54_321, 54_321)
+    spawner.end()
+    spawner.start()
+    assert spawner.client().call("list")["workers"] == []
+    assert (home / "thesis").read_text() == "years of work"
+    assert empty.is_dir()
+    for directory in (home, empty):
+        shutil.rmtree(directory)
 
 
 def test_a_directory_that_was_made_and_not_yet_given_away_is_removed_at_the_start(spawner):
