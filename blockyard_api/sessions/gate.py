@@ -27,6 +27,7 @@ from blockyard_api.workers.life import State
 COOKIE = b"blockyard_route"
 READY_PATH = b"/__blockyard__/ready"
 _ADOPTED_WITHIN = 5.0  # seconds a request waits for this daemon to find its workers again
+_MOST_SOCKETS = 64  # of one session: it has one place at its worker, however many pages share it
 _STRAYS, _STRAYS_PER_SECOND = 20, 2.0  # assets for which an address may ask without a session
 _MOST_COOKIES = 8  # of our name in one request: each costs a hash
 _ASSETS = frozenset({b"script", b"style", b"image", b"font", b"audio", b"video", b"track", b"manifest", b"worker"})
@@ -115,6 +116,10 @@ class AppGate:
         head, rest = visit.head, visit.rest
         session = self._session(visit)
         if session is not None:
+            if head.websocket and session.open_on(session.worker) >= _MOST_SOCKETS:
+                return _refusal(
+                    head, TooMany("too_many_pages", "As many pages as one may have are open; close one.", 5)
+                )
             if session.earlier and (token := token_of(rest)):
                 return self._to_issuer(visit, session, token)
             if rest != READY_PATH and self._serves(session.worker, session, visit):

@@ -390,6 +390,18 @@ async def test_a_page_that_is_loaded_anew_after_a_redeploy_lets_the_old_worker_g
     assert old.end_reason == "redeployed"
 
 
+async def test_one_session_opens_so_many_websockets_and_no_more_until_one_is_closed(control):
+    await control.app(max_sessions_per_worker=2)
+    cookie = (await control.visit()).cookie
+    pages = [await control.socket("plain", cookie) for _ in range(64)]
+    assert (await control.ask("/app/plain/websocket/", cookie, websocket=True)).status == 429
+    assert (await control.ask("/app/plain/style.css", cookie)).end().forwarded
+    other = (await control.visit()).cookie
+    await control.socket("plain", other)
+    pages[0][0].end()
+    await control.socket("plain", cookie)
+
+
 async def test_uploads_of_an_old_page_reach_the_worker_that_serves_it(control):
     await control.app()
     first = await control.visit()
