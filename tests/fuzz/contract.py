@@ -87,7 +87,7 @@ class Live:
             await control.app(_OURS)
             _, self.token = await control.services.tokens.create("admin", "fuzz")
             sock = socket.create_server(("127.0.0.1", 0))
-            serving = server(control.asgi, 1)
+            serving = server(control.asgi, 1, control.services.streams.stop)
             task = asyncio.create_task(serving.serve(sockets=[sock]))
             self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
             self._up.set()

@@ -5,6 +5,7 @@ import re
 # The beginnings of tests that one machine alone runs, each named as file::function.
 ALONE = {
     "debian12": (
+        "test_1_units.py::test_a_stranger_",
         "test_3_limits.py",
         "test_35_told.py::test_a_full_",
         "test_35_told.py::test_no_secret_",
@@ -18,6 +19,7 @@ ALONE = {
         "test_9_end.py::test_removing_it_",
     ),
     "debian13": (
+        "test_1_units.py::test_the_address_",
         "test_35_told.py::test_the_whole_tree_",
         "test_7_firewall.py::test_in_the_forms_of_nft_",
         "test_7_firewall.py::test_nft_rules_",
