@@ -6,6 +6,8 @@ import re
 ALONE = {
     "debian12": (
         "test_1_units.py::test_a_stranger_",
+        "test_2_survival.py::test_a_restart_of_the_spawner_",
+        "test_2_survival.py::test_after_the_apis_kill_",
         "test_3_limits.py",
         "test_35_told.py::test_a_full_",
         "test_35_told.py::test_no_secret_",
@@ -20,6 +22,8 @@ ALONE = {
     ),
     "debian13": (
         "test_1_units.py::test_the_address_",
+        "test_2_survival.py::test_a_killed_spawner_",
+        "test_2_survival.py::test_after_a_restart_of_the_api_",
         "test_35_told.py::test_the_whole_tree_",
         "test_7_firewall.py::test_in_the_forms_of_nft_",
         "test_7_firewall.py::test_nft_rules_",

@@ -56,8 +56,7 @@ def restart(name):
     systemctl("restart", name)
 
 
-@pytest.mark.parametrize("how", [restart, kill_main])
-def test_the_spawners_end_does_not_even_close_a_websocket(server, stay, how):
+def ends_the_spawner(server, stay, how):
     api = unit("blockyard-api.service", "MainPID")
     with stay.visitor.shiny("kept") as socket_:
         say(socket_, "before")
@@ -68,8 +67,7 @@ def test_the_spawners_end_does_not_even_close_a_websocket(server, stay, how):
     assert unit("blockyard-api.service", "MainPID") == api
 
 
-@pytest.mark.parametrize("how", [restart, kill_main])
-def test_after_the_apis_end_a_visitor_is_led_back_to_his_r_process(server, stay, how):
+def ends_the_api(server, stay, how):
     spawner = unit("blockyard-spawner.service", "MainPID")
     with stay.visitor.shiny("kept") as socket_:
         how("blockyard-api.service")
@@ -80,6 +78,22 @@ def test_after_the_apis_end_a_visitor_is_led_back_to_his_r_process(server, stay,
     answers(server)
     assert stay.is_unbroken()
     assert unit("blockyard-spawner.service", "MainPID") == spawner
+
+
+def test_a_restart_of_the_spawner_does_not_even_close_a_websocket(server, stay):
+    ends_the_spawner(server, stay, restart)
+
+
+def test_a_killed_spawner_does_not_even_close_a_websocket(server, stay):
+    ends_the_spawner(server, stay, kill_main)
+
+
+def test_after_a_restart_of_the_api_a_visitor_is_led_back_to_his_r_process(server, stay):
+    ends_the_api(server, stay, restart)
+
+
+def test_after_the_apis_kill_a_visitor_is_led_back_to_his_r_process(server, stay):
+    ends_the_api(server, stay, kill_main)
 
 
 def test_no_line_of_its_log_was_lost_meanwhile(stay):
