@@ -35,9 +35,12 @@ ALONE = {
         "test_hostile_",  # all of these run on the host, too, which may be a Debian 12
     ),
 }
-# Hostile programs that only the host runs: those that meet the relay and the unpacker, which are the same everywhere,
-# and those that succeed where a layer is switched off, which says something about the layer alone.
-ON_HOST = re.compile(r"test_hostile_((answers|deployer)\.py::|\w+\.py::(test_without_|.*_would_|.*_succeed_without_))")
+# Hostile programs that only the host runs: those that meet the relay and the unpacker, or stand where the API connects
+# to, which are the same everywhere; and those that succeed where a layer is switched off, which tells of that layer.
+ON_HOST = re.compile(
+    r"test_hostile_((answers|deployer)\.py::|ends\.py::test_what_stands_in_place_"
+    r"|\w+\.py::(test_without_|.*_would_|.*_succeed_without_))"
+)
 
 
 def runs_on(debian: str, test: str) -> bool:
