@@ -56,6 +56,7 @@ def test_it_serves_at_the_configured_address_and_leaves_nothing_after_ctrl_c_and
     assert machine.status("http://127.0.0.1:8090/app/hello/") == "200"
     assert up.interrupt() == 0
     assert machine.pids(f"{DAEMONS}|bwrap|{SUPERVISOR}") == []
+    assert ROOM not in machine.read("/proc/self/mounts")
     removed = machine.up("--remove")
     assert removed.ended() == 0
     assert "blockyard, its owner, and blockyard-docker" in removed.printed()
@@ -71,7 +72,7 @@ def test_on_a_terminal_an_entry_for_the_journal_is_its_sentence_alone(machine):
     assert on_terminal.interrupt() == 0
 
 
-def test_while_it_runs_nothing_is_replaced_or_removed_under_it(machine, up):
+def test_while_it_runs_nothing_is_replaced_or_removed_under_it_nor_is_told_of_what_is_gone(machine, up):
     assert '"MESSAGE_ID"' in up.printed()  # for whoever collects logs
     again = machine.up()
     assert again.ended() == 0
@@ -90,9 +91,11 @@ def test_while_it_runs_nothing_is_replaced_or_removed_under_it(machine, up):
     assert up.interrupt() == 0
     machine.up().wait_until_ready()
     assert machine.read("/opt/blockyard/venv/code.sha256") != installed
+    without_its_example(machine)
 
 
-def test_without_the_example_nothing_is_said_of_it(machine, up):
+def without_its_example(machine):
+    """Nothing is said of an example that was deleted."""
     token = f"BLOCKYARD_TOKEN={machine.read(STATE / 'admin-token').strip()}"
     machine.run("env", token, "by", "deploy", CHECKOUT / "examples/hello", "--name", "mine", "--yes")
     machine.run("env", token, "by", "delete", "hello", "--yes")
@@ -102,7 +105,7 @@ def test_without_the_example_nothing_is_said_of_it(machine, up):
     assert "hello" not in again.printed()
 
 
-def test_daemons_die_with_their_supervisor_and_the_next_one_goes_on(machine, up):
+def test_daemons_die_with_their_supervisor_and_the_next_one_goes_on_or_what_it_left_is_removed(machine, up):
     assert machine.status(HELLO) == "200"
     workers = machine.pids("^/usr/bin/bwrap")
     machine.signal(signal.SIGKILL, SUPERVISOR)
@@ -111,15 +114,8 @@ def test_daemons_die_with_their_supervisor_and_the_next_one_goes_on(machine, up)
     again = machine.up().wait_until_ready()
     assert set(workers) <= set(machine.pids("^/usr/bin/bwrap"))
     assert machine.status(HELLO) == "200"
-    assert again.interrupt() == 0
-    assert machine.pids("^/usr/bin/bwrap") == []
-    assert ROOM not in machine.read("/proc/self/mounts")
-
-
-def test_what_a_killed_supervisor_leaves_is_removed(machine, up):
-    assert machine.status(HELLO) == "200"
     machine.signal(signal.SIGKILL, SUPERVISOR)
-    up.ended(20)
+    again.ended(20)
     assert ROOM in machine.read("/proc/self/mounts")
     assert machine.up("--remove").ended() == 0
     assert machine.pids("^/usr/bin/bwrap") == []

@@ -39,6 +39,7 @@ def nothing_is_left(target, worker):
 # --- outliving a stop ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(600)  # 100,000 processes
 def test_of_a_swarm_of_tiny_daemons_nothing_survives_a_stop(target, program, neighbour_lives_on):
     shell, worker = started(target, "swarming", program)
     shell.run(f"(setsid /tmp/attack swarm {target.processes} > /run/worker/swarmed; sleep 600) > /dev/null 2>&1 &")
