@@ -36,9 +36,10 @@ ALONE = {
     ),
 }
 # Hostile programs that only the host runs: those that meet the relay and the unpacker, or stand where the API connects
-# to, which are the same everywhere; and those that succeed where a layer is switched off, which tells of that layer.
+# to, which are the same everywhere; a race that needs two processors; and those that succeed where a layer is switched
+# off, which tells of that layer.
 ON_HOST = re.compile(
-    r"test_hostile_((answers|deployer)\.py::|ends\.py::test_what_stands_in_place_"
+    r"test_hostile_((answers|deployer)\.py::|ends\.py::test_what_stands_in_place_|api\.py::test_a_bundle_that_is_swapped_"
     r"|\w+\.py::(test_without_|.*_would_|.*_succeed_without_))"
 )
 
