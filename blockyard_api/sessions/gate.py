@@ -145,10 +145,10 @@ class AppGate:
     async def _to_issuer(self, visit: "_Visit", session: Session, token: bytes) -> Verdict:
         """Pass on an upload or a download: it belongs to the worker whose page it comes from, an older one perhaps."""
         pages = [worker for worker in (session.worker, *reversed(session.earlier)) if session.open_on(worker)]
-        worker = session.issuers.get(token) or (await issuer(token, pages) if len(pages) > 1 else None)
-        if worker is not None:
+        worker = session.issuers.get(token)
+        if worker is None and len(pages) > 1 and (worker := await issuer(token, pages)) is not None:
             session.know(token, worker)
-        else:
+        if worker is None:
             worker = pages[0] if pages else session.worker
         try:
             visit = self._again(visit)

@@ -129,7 +129,8 @@ class Tracker:
         if self._under_way:
             self._under_way = False
             self._worker.requests -= 1
-            self._registry.answered(self._worker)
+            if self._worker.state is State.DRAINING:  # asked here: it is of nearly no request
+                self._registry.answered(self._worker)
 
     def visitor_message(self) -> None:
         """Note that the visitor did something."""
@@ -227,9 +228,8 @@ class Sessions:
                 await connection.execute(statement)
 
     def answered(self, worker: Worker) -> None:
-        """Hear that a worker has one request less to answer."""
-        if worker.state is State.DRAINING:
-            self._fleet.let_go(worker)
+        """Hear that a draining worker has one request less to answer."""
+        self._fleet.let_go(worker)
 
     def let_lapse(self, session: Session, *, dropped: bool) -> None:
         """Start the time after which the slot is free, unless something of the visitor's is open by then."""

@@ -11,7 +11,7 @@ from running_control import head, until
 from sqlalchemy import text
 
 from blockyard_api.relay.gate import Crowded, Overloaded
-from blockyard_api.sessions import issuer
+from blockyard_api.sessions import issuer, registry
 from blockyard_api.workers.life import State
 
 # --- a visitor's way in ----------------------------------------------------------------------------------------------
@@ -402,30 +402,32 @@ async def test_one_session_opens_so_many_websockets_and_no_more_until_one_is_clo
     await control.socket("plain", cookie)
 
 
-async def test_uploads_of_an_old_page_reach_the_worker_that_serves_it(control):
+@pytest.fixture
+async def old_page(control):
+    """A visitor with one page on the worker of an old bundle, and a place at the newest's: (cookie, old worker)."""
     await control.app()
     first = await control.visit()
     old, _ = await control.socket("plain", first.cookie)
     await control.deploy("plain")
     (await control.ask("/app/plain/", first.cookie, html=True)).end()
     await control.quiet()
-    upload = (await control.ask("/app/plain/session/abc/upload/x", first.cookie, method=b"POST")).end()
-    assert control.worker_of(upload) is control.worker_of(old)
-    other = (await control.ask("/app/plain/style.css", first.cookie)).end()
-    assert control.worker_of(other) is not control.worker_of(old)
+    return first.cookie, control.worker_of(old)
 
 
 @pytest.fixture
-async def two_pages(control):
-    """A visitor with one page on the worker of an old bundle and one on the newest: (cookie, old worker, new)."""
-    await control.app()
-    first = await control.visit()
-    old, _ = await control.socket("plain", first.cookie)
-    await control.deploy("plain")
-    (await control.ask("/app/plain/", first.cookie, html=True)).end()
-    await control.quiet()
-    new, _ = await control.socket("plain", first.cookie)
-    return first.cookie, control.worker_of(old), control.worker_of(new)
+async def two_pages(control, old_page):
+    """The same, and a page on the newest: (cookie, old worker, new)."""
+    cookie, old = old_page
+    new, _ = await control.socket("plain", cookie)
+    return cookie, old, control.worker_of(new)
+
+
+async def test_uploads_of_an_old_page_reach_the_worker_that_serves_it(control, old_page):
+    cookie, old = old_page
+    upload = (await control.ask("/app/plain/session/abc/upload/x", cookie, method=b"POST")).end()
+    assert control.worker_of(upload) is old
+    other = (await control.ask("/app/plain/style.css", cookie)).end()
+    assert control.worker_of(other) is not old
 
 
 async def test_of_two_pages_each_ones_uploads_reach_the_worker_that_made_it(control, two_pages):
@@ -437,6 +439,17 @@ async def test_of_two_pages_each_ones_uploads_reach_the_worker_that_made_it(cont
     control.spawner.tokens = {}  # each was asked once
     download = await control.ask(f"/app/plain/session/{'a' * 32}/download/report", cookie)
     assert control.worker_of(download.end()) is old
+
+
+async def test_a_page_that_is_known_takes_no_other_pages_place_in_memory(control, two_pages, monkeypatch):
+    cookie, old, new = two_pages
+    monkeypatch.setattr(registry, "_ISSUERS_KEPT", 2)
+    control.spawner.tokens = {old.id: (b"a" * 32,), new.id: (b"b" * 32,)}
+    for token in "abba":
+        upload = await control.ask(f"/app/plain/session/{token * 32}/upload/x", cookie, method=b"POST")
+        assert control.worker_of(upload.end()) is {"a": old, "b": new}[token]
+        if token == "b":
+            control.spawner.tokens = {}  # each was asked once
 
 
 async def test_a_page_that_no_worker_knows_is_the_newest_ones(control, two_pages):
