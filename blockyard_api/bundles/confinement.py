@@ -7,8 +7,9 @@ the process has the API's uid, whom the spawner obeys: so seccomp(2) takes the c
 import ctypes
 import errno
 import os
-import platform
 import struct
+
+from blockyard_api.hardening import bpf
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
 _VERSION, _PATH_BENEATH = 1, 1
@@ -22,17 +23,14 @@ _FILES = {2: 14, 3: 15, 4: 15, 5: 16}
 _TCP_SINCE, _TCP = 4, 0b11  # bind and connect
 _SCOPE_SINCE, _SCOPE = 6, 0b11  # abstract sockets and signals
 
-_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
-_ALLOW, _ERRNO, _KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000  # SECCOMP_RET_…
-_LOAD, _JUMP_IF_EQUAL, _JUMP_IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # BPF_…
 _NUMBER_AT, _ARCHITECTURE_AT = 0, 4  # in struct seccomp_data
 _FIRST_X32 = 1 << 30  # the same calls under other numbers, on x86-64 alone
 # What reaches another process: sockets, signals, its memory and descriptors; io_uring can do all that itself.
-# Architecture → its token, and the numbers of: socket, socketpair, connect, kill, tkill, tgkill, rt_sigqueueinfo,
+# Architecture → the numbers of: socket, socketpair, connect, kill, tkill, tgkill, rt_sigqueueinfo,
 # rt_tgsigqueueinfo, ptrace, process_vm_readv, process_vm_writev. The rest have the same everywhere.
 _REACHING = {
-    "x86_64": (0xC000003E, (41, 53, 42, 62, 200, 234, 129, 297, 101, 310, 311)),
-    "aarch64": (0xC00000B7, (198, 199, 203, 129, 130, 131, 138, 240, 117, 270, 271)),
+    "x86_64": (41, 53, 42, 62, 200, 234, 129, 297, 101, 310, 311),
+    "aarch64": (198, 199, 203, 129, 130, 131, 138, 240, 117, 270, 271),
 }
 _PIDFD_SEND_SIGNAL, _IO_URING_SETUP, _PIDFD_GETFD = 424, 425, 438
 
@@ -42,19 +40,15 @@ def reach_nobody() -> None:
 
     Raises KeyError on an architecture that Blockyard does not know.
     """
-    token, numbers = _REACHING[platform.machine()]
-    refused = (*numbers, _PIDFD_SEND_SIGNAL, _IO_URING_SETUP, _PIDFD_GETFD)
-    program = [(_LOAD, 0, 0, _ARCHITECTURE_AT), (_JUMP_IF_EQUAL, 1, 0, token), (_RETURN, 0, 0, _KILL_PROCESS)]
+    architecture = bpf.native()
+    refused = (*_REACHING[architecture], _PIDFD_SEND_SIGNAL, _IO_URING_SETUP, _PIDFD_GETFD)
+    program = [(bpf.LOAD, 0, 0, _ARCHITECTURE_AT), (bpf.JUMP_IF_EQUAL, 1, 0, bpf.ARCHITECTURES[architecture])]
+    program += [(bpf.RETURN, 0, 0, bpf.KILL_PROCESS), (bpf.LOAD, 0, 0, _NUMBER_AT)]
     # A jump skips instructions: here to the last one, which refuses.
-    program += [(_LOAD, 0, 0, _NUMBER_AT), (_JUMP_IF_AT_LEAST, len(refused) + 1, 0, _FIRST_X32)]
-    program += [(_JUMP_IF_EQUAL, len(refused) - at, 0, number) for at, number in enumerate(refused)]
-    program += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
-    packed = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *each) for each in program))
-    filter_ = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(packed)))
-    libc = ctypes.CDLL(None, use_errno=True)
-    arguments = (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(filter_), 0, 0)
-    if libc.prctl(*map(ctypes.c_ulong, arguments)):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    program += [(bpf.JUMP_IF_AT_LEAST, len(refused) + 1, 0, _FIRST_X32)]
+    program += [(bpf.JUMP_IF_EQUAL, len(refused) - at, 0, number) for at, number in enumerate(refused)]
+    program += [(bpf.RETURN, 0, 0, bpf.ALLOW), (bpf.RETURN, 0, 0, bpf.ERRNO | errno.EPERM)]
+    bpf.load(b"".join(bpf.INSTRUCTION.pack(*each) for each in program))
 
 
 def stay_below(directory: int) -> bool:

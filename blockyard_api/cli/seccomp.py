@@ -11,7 +11,7 @@ import typer
 from blockyard_api.cli.client import Failure
 from blockyard_api.cli.output import STANDARD_OUTPUT
 from blockyard_api.errors import BlockyardError
-from blockyard_api.hardening import seccomp
+from blockyard_api.hardening import bpf, seccomp
 from blockyard_api.hardening.placing import put
 from blockyard_spawner.config import KEYS
 
@@ -49,10 +49,10 @@ def install(
         words = f"give it to 'docker run --security-opt seccomp={target}'" if changed else "unchanged"
         output.result({"target": str(target), "changed": changed, "bytes": len(profile)}, f"{target}; {words}.")
         return
-    chosen, target = architecture or seccomp.native(), target or TARGET
+    chosen, target = architecture or bpf.native(), target or TARGET
     try:
         program = seccomp.compiled(seccomp.read_policy(), chosen)
-        if tried := chosen == seccomp.native():
+        if tried := chosen == bpf.native():
             seccomp.try_out(program)
     except BlockyardError as error:
         raise Failure(error.code, error.message) from error

@@ -11,18 +11,16 @@ import ctypes
 import errno
 import json
 import os
-import platform
-import struct
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
-from blockyard_api.errors import BlockyardError
+import prctl
 
-# AUDIT_ARCH_…, by which kernel and libseccomp call an architecture
-ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+from blockyard_api.errors import BlockyardError
+from blockyard_api.hardening import bpf
 
 # What a container engine calls them, and those that run under the same kernel.
 _PROFILE_ARCHITECTURES = {
@@ -30,17 +28,13 @@ _PROFILE_ARCHITECTURES = {
     "aarch64": {"architecture": "SCMP_ARCH_AARCH64", "subArchitectures": []},
 }
 
-_ALLOW, _ERRNO, _KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000  # SECCOMP_RET_…, and libseccomp's SCMP_ACT_…
 _ON_BAD_ARCHITECTURE, _OPTIMIZE = 2, 8  # SCMP_FLTATR_…
 _BINARY_TREE = 2
 _MASKED_EQUAL = 7  # SCMP_CMP_MASKED_EQ
 _C_INT = 0xFFFFFFFF
 _UNKNOWN = -1  # __NR_SCMP_ERROR
 _NATIVE = 0  # SCMP_ARCH_NATIVE
-_INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter
-_LOAD, _JUMP, _JUMP_IF_GREATER, _RETURN = 0x20, 0x05, 0x25, 0x06
 _SURPRISED = 255  # no errno: the filter is in force, and answers otherwise
-_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 
 
 class CannotCompile(BlockyardError):
@@ -60,11 +54,6 @@ class _Comparison(ctypes.Structure):
         ("mask", ctypes.c_uint64),
         ("value", ctypes.c_uint64),
     )
-
-
-def native() -> str:
-    """Name this machine's architecture, as the kernel does."""
-    return platform.machine()
 
 
 def read_policy() -> dict[str, Any]:
@@ -87,7 +76,7 @@ def compiled(policy: Mapping[str, Any], architecture: str) -> bytes:
         known = " or ".join(policy["architectures"])
         raise CannotCompile("unknown_architecture", f"There is no policy for {architecture}; use {known}.")
     otherwise = _answer(policy["otherwise"])
-    with _filter(_ALLOW, architecture) as refused:
+    with _filter(bpf.ALLOW, architecture) as refused:
         for rule in policy["refuse"]:
             refused.add(otherwise, rule["call"], rule["when"])
         refusals = refused.export()
@@ -97,7 +86,7 @@ def compiled(policy: Mapping[str, Any], architecture: str) -> bytes:
             for call in group["calls"]:
                 allowed.add(_answer(group.get("answer")), call, [[]])
         for rule in policy["allow"]:
-            allowed.add(_ALLOW, rule["call"], rule["when"])
+            allowed.add(bpf.ALLOW, rule["call"], rule["when"])
         rest = allowed.export()
     return _going_on(refusals) + _too_new(newest) + rest
 
@@ -171,35 +160,35 @@ def try_out(program: bytes) -> None:
 
 def _under(program: bytes) -> int:
     """Return 0 where the filter is in force, else the errno of what went wrong."""
+    try:
+        prctl.set_no_new_privs(1)
+        bpf.load(program)
+    except OSError as error:
+        return error.errno or _SURPRISED
     libc = ctypes.CDLL(None, use_errno=True)
-    instructions = ctypes.create_string_buffer(program, len(program))
-    count = len(program) // _INSTRUCTION.size
-    header = ctypes.create_string_buffer(struct.pack("@HP", count, ctypes.addressof(instructions)))
-    address = ctypes.addressof(header)
-    for call in ((_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, address, 0, 0)):
-        if libc.prctl(*map(ctypes.c_ulong, call)):
-            return ctypes.get_errno()
     refused = libc.unshare(0) < 0 and ctypes.get_errno() == errno.EPERM  # without a filter it does nothing, and well
     return 0 if refused and os.getpid() else _SURPRISED
 
 
 def _answer(name: str | None) -> int:
-    return _ALLOW if name is None else _ERRNO | int(getattr(errno, name))
+    return bpf.ALLOW if name is None else bpf.ERRNO | int(getattr(errno, name))
 
 
 def _going_on(program: bytes) -> bytes:
     """Let a program end behind its last instruction where it would have allowed the call."""
-    instructions = list(_INSTRUCTION.iter_unpack(program))
+    instructions = list(bpf.INSTRUCTION.iter_unpack(program))
     for at, instruction in enumerate(instructions):
-        if instruction == (_RETURN, 0, 0, _ALLOW):
-            instructions[at] = (_JUMP, 0, 0, len(instructions) - at - 1)
-    return b"".join(_INSTRUCTION.pack(*instruction) for instruction in instructions)
+        if instruction == (bpf.RETURN, 0, 0, bpf.ALLOW):
+            instructions[at] = (bpf.JUMP, 0, 0, len(instructions) - at - 1)
+    return b"".join(bpf.INSTRUCTION.pack(*instruction) for instruction in instructions)
 
 
 def _too_new(newest: int) -> bytes:
     """Answer ENOSYS to numbers above `newest`, and go on behind with all others."""
-    load_number, at_most = (_LOAD, 0, 0, 0), (_JUMP_IF_GREATER, 0, 1, newest)
-    return b"".join(_INSTRUCTION.pack(*each) for each in (load_number, at_most, (_RETURN, 0, 0, _answer("ENOSYS"))))
+    load_number, at_most = (bpf.LOAD, 0, 0, 0), (bpf.JUMP_IF_GREATER, 0, 1, newest)
+    return b"".join(
+        bpf.INSTRUCTION.pack(*each) for each in (load_number, at_most, (bpf.RETURN, 0, 0, _answer("ENOSYS")))
+    )
 
 
 class _Filter:
@@ -207,12 +196,12 @@ class _Filter:
 
     def __init__(self, library: ctypes.CDLL, context: int, architecture: str) -> None:
         self._library, self._context = library, ctypes.c_void_p(context)
-        for name, value in ((_ON_BAD_ARCHITECTURE, _KILL_PROCESS), (_OPTIMIZE, _BINARY_TREE)):
+        for name, value in ((_ON_BAD_ARCHITECTURE, bpf.KILL_PROCESS), (_OPTIMIZE, _BINARY_TREE)):
             self._check(library.seccomp_attr_set(self._context, name, ctypes.c_uint32(value)), "an attribute")
-        self._token = ctypes.c_uint32(ARCHITECTURES[architecture])
-        if architecture != native():
+        self._token = ctypes.c_uint32(bpf.ARCHITECTURES[architecture])
+        if architecture != bpf.native():
             self._check(library.seccomp_arch_add(self._context, self._token), architecture)
-            self._check(library.seccomp_arch_remove(self._context, ctypes.c_uint32(_NATIVE)), native())
+            self._check(library.seccomp_arch_remove(self._context, ctypes.c_uint32(_NATIVE)), bpf.native())
 
     def number(self, call: str) -> int:
         """Return a call's number on the filter's architecture. Raises CannotCompile."""

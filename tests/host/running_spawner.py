@@ -23,7 +23,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from blockyard_api.hardening import seccomp
+from blockyard_api.hardening import bpf, seccomp
 
 # asm/unistd.h; syscall(2) passes them to the kernel for this thread, the C library's functions do so for all threads.
 _SETRESUID, _SETRESGID = (147, 149) if platform.machine() == "aarch64" else (117, 119)
@@ -375,7 +375,7 @@ def configured_spawner() -> Spawner:
         directory.chmod(0o711)
         os.chown(directory, user.pw_uid, user.pw_gid)
     system_calls = root / "seccomp.bpf"
-    system_calls.write_bytes(seccomp.compiled(seccomp.read_policy(), seccomp.native()))
+    system_calls.write_bytes(seccomp.compiled(seccomp.read_policy(), bpf.native()))
     spawner.configure(
         api_user=user.pw_name,
         seccomp_profile=str(system_calls),

@@ -47,9 +47,9 @@ def ensure_user():
 @functools.cache
 def compiled_filter():
     """Compile the workers' system call filter, which every pair runs with."""
-    from blockyard_api.hardening import seccomp  # noqa: PLC0415 - the machines' tests, which start no pair, are without
+    from blockyard_api.hardening import bpf, seccomp  # noqa: PLC0415 - not in the machines, which start no pair
 
-    return seccomp.compiled(seccomp.read_policy(), seccomp.native())
+    return seccomp.compiled(seccomp.read_policy(), bpf.native())
 
 
 def archive(files):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blockyard_api.hardening import apparmor, seccomp
+from blockyard_api.hardening import apparmor, bpf, seccomp
 
 BY = Path(sys.executable).with_name("by")
 
@@ -23,14 +23,14 @@ def by(*arguments, cwd="/", text=True, **options):
 
 @pytest.fixture(scope="module")
 def program():
-    return seccomp.compiled(seccomp.read_policy(), seccomp.native())
+    return seccomp.compiled(seccomp.read_policy(), bpf.native())
 
 
 def test_the_filter_is_put_where_it_is_wanted_readable_by_all(tmp_path, program):
     target = tmp_path / "new" / "seccomp.bpf"
     done = by("--target", target)
     assert done.returncode == 0, done.stderr
-    assert f"{target}: {len(program) // 8} instructions for {seccomp.native()}, tried out" in done.stdout
+    assert f"{target}: {len(program) // 8} instructions for {bpf.native()}, tried out" in done.stdout
     assert "name it as process.seccomp_profile and restart blockyard-spawner" in done.stdout
     assert target.read_bytes() == program
     assert stat.S_IMODE(target.stat().st_mode) == 0o644
@@ -60,7 +60,7 @@ def test_another_file_is_replaced_in_one_step(tmp_path, program, spoil):
 
 def test_another_machines_filter_is_compiled_but_not_tried_out(tmp_path):
     target = tmp_path / "seccomp.bpf"
-    other = next(name for name in seccomp.ARCHITECTURES if name != seccomp.native())
+    other = next(name for name in bpf.ARCHITECTURES if name != bpf.native())
     told = json.loads(by("--arch", other, "--target", target, "--json").stdout)
     assert (told["architecture"], told["tried"]) == (other, False)
     assert target.read_bytes() == seccomp.compiled(seccomp.read_policy(), other)

@@ -8,11 +8,11 @@ import random
 import pytest
 from bpf import ALLOW, ERRNO, KILL_PROCESS, instructions, numbers, run
 
-from blockyard_api.hardening import seccomp
+from blockyard_api.hardening import bpf, seccomp
 
 POLICY = seccomp.read_policy()
 EPERM, ENOSYS = ERRNO | errno.EPERM, ERRNO | errno.ENOSYS
-BOTH = sorted(seccomp.ARCHITECTURES)
+BOTH = sorted(bpf.ARCHITECTURES)
 X32 = 0x40000000
 ONES = (1 << 64) - 1
 
@@ -79,7 +79,7 @@ def tried_arguments(name):
 def compiled(request):
     """An architecture's name, its number, its filter, and its calls."""
     program = instructions(seccomp.compiled(POLICY, request.param))
-    return request.param, seccomp.ARCHITECTURES[request.param], program, numbers(request.param)
+    return request.param, bpf.ARCHITECTURES[request.param], program, numbers(request.param)
 
 
 def test_every_call_is_answered_as_the_policy_says(compiled):
@@ -138,7 +138,7 @@ def test_no_answer_is_a_success_that_did_nothing(compiled):
 def test_calls_of_another_architecture_end_the_process(compiled):
     _, token, program, calls = compiled
     i386, arm, wrong_endian = 0x40000003, 0x40000028, token ^ 0x40000000
-    others = {i386, arm, wrong_endian, 0, ONES & 0xFFFFFFFF, *seccomp.ARCHITECTURES.values()} - {token}
+    others = {i386, arm, wrong_endian, 0, ONES & 0xFFFFFFFF, *bpf.ARCHITECTURES.values()} - {token}
     for other in others:
         for number in (*calls.values(), 1 << 20):
             assert run(program, number, other) == KILL_PROCESS
@@ -147,7 +147,7 @@ def test_calls_of_another_architecture_end_the_process(compiled):
 def test_calls_of_x32_end_the_process():
     program = instructions(seccomp.compiled(POLICY, "x86_64"))
     for number in range(1024):
-        assert run(program, X32 | number, seccomp.ARCHITECTURES["x86_64"], [1, 1]) == KILL_PROCESS
+        assert run(program, X32 | number, bpf.ARCHITECTURES["x86_64"], [1, 1]) == KILL_PROCESS
 
 
 def test_a_number_that_no_kernel_has_is_not_there(compiled):
