@@ -17,7 +17,6 @@ from blockyard_api.store.database import Database
 from blockyard_api.store.tables import access, aliases, apps
 from blockyard_spawner import config
 
-NAME = naming.NAME
 ACCESS_TYPES = ("public", "logged_in", "acl")
 _MOST_MEMORY = 1 << 50  # bytes; what the spawner's protocol can say
 
@@ -67,7 +66,7 @@ class SwitchedOff(Unavailable):
 
 def check_name(name: str) -> str:
     """Return a valid name. Raises BadRequest."""
-    if not NAME.fullmatch(name):
+    if not naming.NAME.fullmatch(name):
         raise BadRequest("invalid_name", naming.RULE)
     return name
 

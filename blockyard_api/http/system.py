@@ -6,7 +6,7 @@ from importlib.metadata import version
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse, RedirectResponse
 
-from blockyard_api.apps.catalog import NAME
+from blockyard_api.apps.naming import NAME
 from blockyard_api.backends.spawner import Identity, SpawnerUnreachable
 from blockyard_api.checks.runner import Run
 from blockyard_api.clock import rfc3339

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from blockyard_api import pages
-from blockyard_api.apps.catalog import NAME, App, Catalog, SwitchedOff
+from blockyard_api.apps.catalog import App, Catalog, SwitchedOff
+from blockyard_api.apps.naming import NAME
 from blockyard_api.errors import BadGateway, BlockyardError, Forbidden, NotFound, TooMany, Unauthorized, Unavailable
 from blockyard_api.identity.allowance import Allowance
 from blockyard_api.identity.tokens import Principal, Tokens
