@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import shutil
 import socket
 import ssl
 import subprocess
@@ -75,7 +74,6 @@ def self_signed(directory):
     return context
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
 def test_a_certificate_that_is_not_trusted_is_named_as_the_reason(by, tmp_path, monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as listening:
         listening.socket = self_signed(tmp_path).wrap_socket(listening.socket, server_side=True)
