@@ -31,9 +31,10 @@ from blockyard_api.sessions.gate import AppGate
 from blockyard_api.sessions.registry import Session, Sessions
 from blockyard_api.settings import Settings
 from blockyard_api.store import database
-from blockyard_api.workers import past
 from blockyard_api.workers.fleet import Fleet
 from blockyard_api.workers.log import Logs
+from blockyard_api.workers.records import Records
+from blockyard_api.workers.supervisor import Supervisor
 
 _ADOPT_AGAIN = (0.2, 1.0, 2.0, 5.0, 10.0)  # seconds; the last repeats for as long as there is no spawner
 _CLEAN_EVERY = 3600.0  # seconds
@@ -94,7 +95,9 @@ async def running(
         def forget(upstream: WorkerSocket) -> None:
             relay.forget(upstream)
 
-        fleet = Fleet(settings, catalog, store, spawners, logs, manager, tasks, forget)
+        records = Records(store)
+        supervisor = Supervisor(settings, spawners, records, manager, forget)
+        fleet = Fleet(settings, catalog, records, spawners, supervisor, logs, manager, tasks)
         sessions = Sessions(settings.proxy, fleet, store)
 
         def token_revoked(token_id: str) -> None:
@@ -120,7 +123,7 @@ async def running(
         )
         adopting = tasks.create_task(_adopt(fleet, sessions, log_pipes))
         keeping = tasks.create_task(
-            _keep_house(settings, store, fleet, sessions, catalog, deployments, logs, checks, log_pipes)
+            _keep_house(settings, store, records, fleet, sessions, catalog, deployments, logs, checks, log_pipes)
         )
         try:
             yield Built(application.build(services), relay, checks, streams)
@@ -156,6 +159,7 @@ async def _take_over(fleet: Fleet, sessions: Sessions, log_pipes: dict[str, int]
 async def _keep_house(
     settings: Settings,
     store: database.Database,
+    records: Records,
     fleet: Fleet,
     sessions: Sessions,
     catalog: Catalog,
@@ -184,7 +188,7 @@ async def _keep_house(
             await _try(deployments.purge_deleted)
             await _try(partial(deployments.prune_tasks, settings.proxy.log_retention))
             await _try(partial(views.fold, store))
-            await _try(partial(past.prune, store, settings.proxy.log_retention))
+            await _try(partial(records.prune, settings.proxy.log_retention))
         await asyncio.sleep(period)
 
 

@@ -17,8 +17,9 @@ from blockyard_api.http.models import AppBody, AppChanges, AppList, NewApp, Runt
 from blockyard_api.http.services import MAY_CHANGE, Caller, CallerFirst, OwnApp, Provided, Services, VisibleApp
 from blockyard_api.identity.tokens import Principal
 from blockyard_api.store.tables import workers as workers_table
-from blockyard_api.workers.fleet import Fleet, Worker
+from blockyard_api.workers.fleet import Fleet
 from blockyard_api.workers.life import State
+from blockyard_api.workers.worker import Worker
 
 router = APIRouter(prefix="/api/v1/apps", tags=["apps"], route_class=CallerFirst)
 
@@ -249,7 +250,7 @@ async def runtime(app: OwnApp, provided: Provided) -> Runtime:
     """Return what the app's workers do, and the last ones that ended."""
     starting = [worker.id for worker in provided.fleet.of(app.id) if worker.state is State.STARTING]
     live = [worker for worker in provided.fleet.of(app.id) if worker.state is not State.STARTING]
-    stats = await _stats(provided.fleet, live)
+    stats = await _stats(live)
     ended = workers_table.c.status == State.ENDED.value
     query = select(workers_table).where(workers_table.c.app_id == app.id, ended)
     async with provided.database.begin() as connection:
@@ -305,9 +306,9 @@ def _live(provided: Services, worker: Worker, stats: Stats) -> WorkerBody:
     )
 
 
-async def _stats(fleet: Fleet, workers: list[Worker]) -> dict[str, Stats]:
+async def _stats(workers: list[Worker]) -> dict[str, Stats]:
     def read() -> dict[str, accounting.Usage]:
-        return {worker.id: accounting.usage(fleet.cgroup(worker)) for worker in workers}
+        return {worker.id: accounting.usage(worker.cgroup_dir) for worker in workers}
 
     if not workers:
         return {}

@@ -22,8 +22,9 @@ from blockyard_api.relay.gate import Crowded, Forward, Header, Overloaded, Reply
 from blockyard_api.sessions.address import Addresses
 from blockyard_api.sessions.issuer import issuer, token_of
 from blockyard_api.sessions.registry import Session, Sessions, holder
-from blockyard_api.workers.fleet import Fleet, Worker
+from blockyard_api.workers.fleet import Fleet
 from blockyard_api.workers.life import State
+from blockyard_api.workers.worker import Worker
 
 COOKIE = b"blockyard_route"
 READY_PATH = b"/__blockyard__/ready"

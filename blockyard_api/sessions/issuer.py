@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 
 from blockyard_api.relay.gate import UpstreamError
-from blockyard_api.workers.fleet import Worker
 from blockyard_api.workers.readiness import status
+from blockyard_api.workers.worker import Worker
 
 _PATH = re.compile(rb"/session/([A-Za-z0-9]{1,64})/")
 _KNOWN = b"400"

@@ -24,8 +24,9 @@ from blockyard_api.settings import Proxy
 from blockyard_api.store.database import Database, dispensable
 from blockyard_api.store.tables import sessions as table
 from blockyard_api.store.tables import workers
-from blockyard_api.workers.fleet import Fleet, Worker
+from blockyard_api.workers.fleet import Fleet
 from blockyard_api.workers.life import State
+from blockyard_api.workers.worker import Worker
 
 PAGE_WINDOW = 15.0  # seconds between a page and its WebSocket: a crawler holds a slot no longer
 _BURST, _PER_SECOND = 30, 3.0  # new sessions of one client address; assets and known visitors are not counted

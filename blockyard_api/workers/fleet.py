@@ -1,4 +1,4 @@
-"""All workers: which visitor gets which, when one starts, and why one ends.
+"""All workers: which visitor gets which, when one starts, and when one is to end.
 
 One task lives each worker's whole life, and one synchronous method, `Fleet.place`, hands out all slots: nothing can
 come between the look and the reservation.
@@ -7,205 +7,76 @@ come between the look and the reservation.
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import secrets
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, select, update
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Row
 
 from blockyard_api.apps.catalog import App, Catalog, SwitchedOff
-from blockyard_api.backends.spawner import Result, Spawner, SpawnerRefused, SpawnerUnreachable
-from blockyard_api.backends.worker_socket import WorkerSocket
+from blockyard_api.backends.spawner import Spawner, SpawnerRefused, SpawnerUnreachable
 from blockyard_api.errors import TooMany, Unavailable
 from blockyard_api.host import accounting
 from blockyard_api.host.notify import ServiceManager
 from blockyard_api.settings import Settings
-from blockyard_api.store.database import Database, dispensable
-from blockyard_api.store.tables import workers as table
-from blockyard_api.workers.life import State, transition
+from blockyard_api.store.database import dispensable
+from blockyard_api.workers.life import State
 from blockyard_api.workers.limits import Limits
-from blockyard_api.workers.log import Logs, WorkerLog, pump
-from blockyard_api.workers.readiness import answers
-from blockyard_spawner import protocol
+from blockyard_api.workers.log import Logs, WorkerLog
+from blockyard_api.workers.records import Records
+from blockyard_api.workers.setbacks import Setbacks
+from blockyard_api.workers.slots import Slots
+from blockyard_api.workers.supervisor import Handles, Supervisor
+from blockyard_api.workers.worker import StartFailed, Worker
 
-GRACE = 5.0  # seconds an app has for onStop and onSessionEnded
-_LOOK_AGAIN = 0.01  # seconds between two looks for the socket: its directory may be entered but not watched
-_BACKOFF_FIRST, _BACKOFF_MOST = 1.0, 60.0  # seconds
-_HOST_PAUSE = 2.0  # seconds until a start that failed for the host's sake is tried again
-# Refusals that are the host's fault or the container engine's, and no app's.
-_OF_THE_HOST = frozenset({"uid_pool_exhausted", "no_cgroup", "limits_unavailable", "exec_failed", "system_error"})
-_OF_THE_HOST |= {"docker_unreachable", "docker_slow", "docker_denied", "docker_refused", "docker_runtime"}
-_OF_THE_HOST |= {"no_image", "no_service_network", "network_pool_exhausted"}
 _PLACE_AGAIN = 15.0  # seconds: a page that opens no WebSocket has lost its slot by then
-_SETTLED = 10.0  # seconds an app must live to count as started well
-_STOP_ATTEMPTS = 5
-_LAST_WORDS = 2.0  # seconds a pipe may stay open after its worker's end
 _LOGS_KEPT = 200 << 20  # bytes, of the ended workers of one app
-_LOGS_LOOKED_AT = 5000
 _FILES_SPARE = 0.25  # the share of the files below the runtime directory that is to be left for other workers
 _FILES_MANY = 16 << 20  # bytes of kernel memory that no worker's files come to otherwise
 
 log = logging.getLogger(__name__)
 
 
-class StartFailed(Unavailable):
-    """A worker did not come to serve; the message is fit for a visitor."""
-
-
-@dataclass(eq=False, slots=True)
-class Worker:
-    """A worker as the API knows it. `ready` and `over` are settled exactly once."""
-
-    id: str
-    app_id: str
-    bundle_id: str
-    backend: str
-    access: str  # who could visit when it started
-    capacity: int
-    memory_limit: int | None
-    limits: Limits
-    ready: asyncio.Future[None]
-    over: asyncio.Future[str]  # why it is to end: "exited", or the sentence of whoever wished it
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    state: State = State.STARTING
-    started_at: float = field(default_factory=time.time)
-    ended_at: float | None = None
-    end_reason: str | None = None
-    last_activity: float = field(default_factory=time.monotonic)
-    idle_since: float | None = None  # epoch
-    requests: int = 0  # under way; an open WebSocket is none
-    slots: dict[str, str] = field(default_factory=dict)  # a session's key → who answers for it
-    internal: bool = False  # what it ended of tells of the server, and is for the app's owner alone
-    host_failed: bool = False  # there was no start, and the app is not to blame
-    socket: WorkerSocket | None = None
-    cgroup: str = ""
-    uid: int | None = None
-
-    def become(self, state: State) -> None:
-        """Move on in life. Raises IllegalTransition."""
-        self.state = transition(self.state, state)
-
-    @property
-    def wished(self) -> bool:
-        """Whether somebody asked for the end, rather than the app having failed."""
-        return self.over.done() and self.over.result() in _WISHED
-
-    @property
-    def upstream(self) -> WorkerSocket:
-        """The way to the worker; only one that has started has it."""
-        if self.socket is None:
-            raise StartFailed("not_started", "The app is not started yet; try again.", retry_after=1)
-        return self.socket
-
-    @property
-    def told(self) -> str:
-        """How it ended, for a visitor."""
-        return _WITHHELD if self.internal else self.end_reason or "is gone"
-
-    def end(self, why: str, *, internal: bool = False) -> None:
-        """Ask for the end; the first wish counts. `internal`: visitors are not to read why."""
-        if not self.over.done():
-            self.internal = internal
-            self.over.set_result(why)
-
-    def touch(self) -> None:
-        """Note that a visitor did something."""
-        self.last_activity = time.monotonic()
-
-
-@dataclass(eq=False, slots=True)
-class _Setback:
-    """How often something failed in a row, why, and until when it is not tried again."""
-
-    failures: int = 0
-    not_before: float = 0.0  # monotonic
-    why: str = ""  # for the app's owner
-    told: str = ""  # for visitors
-
-    @property
-    def wait(self) -> int:
-        """Seconds until the next try, rounded up."""
-        return max(0, math.ceil(self.not_before - time.monotonic()))
-
-    @property
-    def forgiven(self) -> bool:
-        """Whether it is so long ago that the next one would be a first."""
-        return self.not_before + _BACKOFF_MOST < time.monotonic()
-
-    def refusal(self) -> StartFailed | None:
-        """Return what a visitor is told while it is not tried again."""
-        wait = self.wait
-        return StartFailed("start_failed", f"{self.told} It is tried again in {wait} s.", wait) if wait else None
-
-    def grow(self, why: str, told: str) -> None:
-        """Note one more failure; each doubles the wait."""
-        self.failures += 1
-        self.pause(why, told, min(_BACKOFF_FIRST * 2 ** (self.failures - 1), _BACKOFF_MOST))
-
-    def pause(self, why: str, told: str, seconds: float) -> None:
-        """Note a failure that is nobody's fault here."""
-        self.why, self.told, self.not_before = why, told, time.monotonic() + seconds
-
-
 @dataclass(eq=False, slots=True)
 class _Pool:
-    """One app's workers, and how it fared lately: by itself, and in whose hands."""
+    """One app's workers, and how it fared lately."""
 
     workers: list[Worker] = field(default_factory=list)
-    setback: _Setback = field(default_factory=_Setback)
-    visitors: dict[str, _Setback] = field(default_factory=dict)
-
-    def blame(self, visitors: Iterable[str], why: str, told: str) -> None:
-        """Note that a worker fell under these visitors."""
-        self.visitors = {who: setback for who, setback in self.visitors.items() if not setback.forgiven}
-        for who in set(visitors):
-            self.visitors.setdefault(who, _Setback()).grow(why, told)
-
-    def clear(self, visitors: Iterable[str]) -> None:
-        """Note that a worker lived well under these visitors."""
-        self.setback = _Setback()
-        for who in visitors:
-            self.visitors.pop(who, None)
+    setbacks: Setbacks = field(default_factory=Setbacks)
 
 
 class Fleet:
-    """Starts, watches and ends workers, and gives visitors their slots."""
+    """Decides which workers start and which end, and gives visitors their slots."""
 
     def __init__(
         self,
         settings: Settings,
         catalog: Catalog,
-        database: Database,
+        records: Records,
         spawners: Mapping[str, Spawner],
+        supervisor: Supervisor,
         logs: Logs,
         manager: ServiceManager,
         tasks: asyncio.TaskGroup,
-        forget: Callable[[WorkerSocket], None],
     ) -> None:
         self._settings = settings
         self._catalog = catalog
-        self._database = database
+        self._records = records
         self._spawners = spawners
         self._known_backends: set[str] = set()  # whose workers of an earlier run are taken over
+        self._supervisor = supervisor
         self._logs = logs
         self._manager = manager
         self._tasks = tasks
-        self._forget = forget
         self._pools: dict[str, _Pool] = {}
         self._workers: dict[str, Worker] = {}
         self._lives: set[asyncio.Task[None]] = set()
-        self._held: dict[str, Counter[str]] = {}  # who answers for a slot → the keys, and how many workers each is on
+        self._slots = Slots(settings.proxy.max_sessions_per_visitor)
         self._closing = False
         self._news = asyncio.Event()  # of a worker that lives since, or an app that is gone
-        self._cgroups = accounting.cgroup2_mount()
-        self._runtime_dirs = {"process": settings.process.runtime_dir, "docker": settings.docker.runtime_dir}
         self.adopted = asyncio.Event()
 
     # --- slots ---------------------------------------------------------------------------------------------------
@@ -221,15 +92,15 @@ class Fleet:
         app = self._catalog.get(app.id)  # the caller's may be from before a redeploy
         if not app.enabled:
             raise SwitchedOff
-        if not self._may_hold(key, holder):
+        if not self._slots.may_hold(key, holder):
             raise TooMany(
                 "too_many_pages", "As many pages as one may have are open from your address; close one.", _PLACE_AGAIN
             )
         pool = self._pools.get(app.id)
-        if pool is not None and holder in pool.visitors and (refusal := pool.visitors[holder].refusal()):
+        if pool is not None and (refusal := pool.setbacks.refusal_of(holder)):
             raise refusal
         worker = self._free(app) or self._launch(app)
-        self._give(worker, key, holder)
+        self._slots.give(worker, key, holder)
         self.reconcile(app.id)
         return worker
 
@@ -239,27 +110,16 @@ class Fleet:
             return False
         if key in worker.slots:
             return True
-        if len(worker.slots) >= worker.capacity or not self._may_hold(key, holder):
+        if len(worker.slots) >= worker.capacity or not self._slots.may_hold(key, holder):
             return False
-        self._give(worker, key, holder)
+        self._slots.give(worker, key, holder)
         return True
-
-    def _may_hold(self, key: str, holder: str) -> bool:
-        held = self._held.get(holder, Counter())
-        return key in held or len(held) < self._settings.proxy.max_sessions_per_visitor
-
-    def _give(self, worker: Worker, key: str, holder: str) -> None:
-        self._take(worker, key)
-        worker.slots[key] = holder
-        self._held.setdefault(holder, Counter())[key] += 1
-        worker.idle_since = None
-        worker.touch()
 
     def leave(self, worker: Worker, key: str) -> None:
         """Free a visitor's slot, if he holds one there."""
         if key not in worker.slots:
             return
-        self._take(worker, key)
+        self._slots.take(worker, key)
         if not worker.slots:
             worker.idle_since = time.time()
             self.let_go(worker)
@@ -268,15 +128,6 @@ class Fleet:
         """End a draining worker that has no visitor any more, and answers nothing: a download may still go on."""
         if worker.state is State.DRAINING and not worker.slots and not worker.requests:
             worker.end("redeployed")
-
-    def _take(self, worker: Worker, key: str) -> None:
-        if (holder := worker.slots.pop(key, None)) is not None:
-            held = self._held[holder]
-            held[key] -= 1
-            if not held[key]:
-                del held[key]
-            if not held:
-                del self._held[holder]
 
     def _free(self, app: App) -> Worker | None:
         fitting = [worker for worker in self._current(app) if len(worker.slots) < worker.capacity]
@@ -337,7 +188,7 @@ class Fleet:
 
     def setback(self, app: App) -> str:
         """Why the app's last start failed, for its owner, or nothing."""
-        return self._pools[app.id].setback.why if app.id in self._pools else ""
+        return self._pools[app.id].setbacks.app.why if app.id in self._pools else ""
 
     def any_active(self, app: App) -> Worker | None:
         """Return some worker that serves the app's bundle now, without reserving anything."""
@@ -361,7 +212,7 @@ class Fleet:
                     worker.become(State.DRAINING)
                     self.let_go(worker)
         pool = self._pools.get(app.id)
-        if not app.enabled or app.active_bundle is None or (pool and pool.setback.wait):
+        if not app.enabled or app.active_bundle is None or (pool and pool.setbacks.app.wait):
             return
         free = self._free_slots(app)
         while free < app.pre_warmed_sessions and self._room(app):
@@ -374,7 +225,7 @@ class Fleet:
     def settle(self, app: App) -> None:
         """Forget past failures: a new bundle or a person's wish deserves a start at once."""
         if app.id in self._pools:
-            self._pools[app.id].clear(list(self._pools[app.id].visitors))
+            self._pools[app.id].setbacks = Setbacks()
 
     def end_idle(self) -> None:
         """End workers that no visitor has used for `idle_worker_timeout`, but for the warm slots an app wants."""
@@ -411,17 +262,15 @@ class Fleet:
 
     # --- limits --------------------------------------------------------------------------------------------------
 
-    def cgroup(self, worker: Worker) -> Path | None:
-        """Return the directory of a worker's cgroup, if it has one."""
-        return self._cgroups / worker.cgroup.lstrip("/") if self._cgroups and worker.cgroup else None
-
     async def look_at_limits(self) -> None:
         """Note who had to wait for the processor, and end who takes the files that all workers share."""
-        placed = {worker.id: worker for worker in self.all() if self.cgroup(worker)}
+        placed = {worker.id: worker for worker in self.all() if worker.cgroup_dir}
 
         def read() -> tuple[dict[str, accounting.Usage], dict[str, float]]:
-            found = {name: accounting.usage(self.cgroup(worker)) for name, worker in placed.items()}
-            return found, {backend: accounting.files_left(place) for backend, place in self._runtime_dirs.items()}
+            found = {name: accounting.usage(worker.cgroup_dir) for name, worker in placed.items()}
+            return found, {
+                backend: accounting.files_left(place) for backend, place in self._supervisor.runtime_dirs.items()
+            }
 
         used, files_left = await asyncio.to_thread(read)
         for name, usage in used.items():
@@ -433,7 +282,7 @@ class Fleet:
             if most is not None and kernel_memory[most] >= _FILES_MANY:
                 placed[most].end("made so many files in /run/worker that other apps could not start")
             else:
-                log.warning("%s is almost full, and no worker's fault", self._runtime_dirs[backend])
+                log.warning("%s is almost full, and no worker's fault", self._supervisor.runtime_dirs[backend])
 
     # --- one worker's life ---------------------------------------------------------------------------------------
 
@@ -443,7 +292,7 @@ class Fleet:
             raise Unavailable("stopping", "The server is stopping; try again.", 5)
         if app.active_bundle is None:
             raise Unavailable("no_bundle", "This app has nothing to show yet; try again later.")
-        if refusal := pool.setback.refusal():
+        if refusal := pool.setbacks.app.refusal():
             raise refusal
         if self.count >= self._settings.proxy.max_workers:
             self._make_room()
@@ -487,212 +336,33 @@ class Fleet:
         """Return the tasks that live workers' lives; cancelled, they leave their workers alone."""
         return list(self._lives)
 
-    async def _live(self, worker: Worker, app: App, adopted: tuple[int, int | None] | None) -> None:
-        """Live one worker's life; `adopted` holds the pidfd, and the log's read end, of one that runs already."""
+    async def _live(self, worker: Worker, app: App, adopted: Handles | None) -> None:
+        """Live one worker's life; `adopted` holds what one that runs already is held by."""
         with self._logs.writing(worker.id) as worker_log:
             self._tell_news()
-            result = await self._until_gone(worker, app, adopted, worker_log)
+            sentence = await self._supervisor.until_gone(worker, app, adopted, worker_log)
             if not self._closing:
-                await self._finish(worker, app, result, worker_log)
+                await self._finish(worker, app, sentence, worker_log)
         worker.ended.set()
 
-    async def _until_gone(
-        self, worker: Worker, app: App, adopted: tuple[int, int | None] | None, worker_log: WorkerLog
-    ) -> Result:
-        try:
-            pidfd, read_end = adopted or await self._spawn(worker, app)
-        except (SpawnerRefused, SpawnerUnreachable) as error:
-            worker.host_failed = isinstance(error, SpawnerUnreachable) or error.code in _OF_THE_HOST
-            worker.end(error.message.rstrip("."), internal=True)  # it goes into sentences that end by themselves
-            return Result("unknown")
-        except OSError as error:  # no descriptor is left for a log pipe
-            worker.host_failed = True
-            worker.end(f"the server could not start it: {error.strerror}", internal=True)
-            return Result("unknown")
-        async with asyncio.TaskGroup() as group:
-            pump = None
-            if read_end is not None:
-                pump = group.create_task(self._pump(worker, read_end, worker_log))
-            else:
-                await worker_log.note("the server was stopped meanwhile; from here on this log is not kept")
-
-            def ran_into(hits: accounting.Hits) -> None:
-                for sentence in worker.limits.heard(hits):
-                    group.create_task(worker_log.note(f"worker {sentence}"))
-
-            cgroup = self.cgroup(worker)
-            with accounting.told_of_hits(cgroup, ran_into):
-                try:
-                    await self._serve(worker, pidfd)
-                finally:
-                    os.close(pidfd)
-                if cgroup is not None:  # before the spawner has seen its end, and removed this
-                    ran_into(accounting.hits(cgroup))
-                result = await self._stop(worker)
-            if pump is not None:
-                await asyncio.wait([pump], timeout=_LAST_WORDS)
-                pump.cancel()
-        return result
-
-    async def _spawn(self, worker: Worker, app: App) -> tuple[int, int | None]:
-        request = protocol.Spawn(
-            0,
-            worker.id,
-            "app",
-            app.name,
-            bundle=worker.bundle_id,
-            network=app.network,
-            limits=protocol.Limits(memory=app.memory_bytes, cpu=app.cpu_thousandths),
-            scratch_copy=app.scratch_copy,
-            access=worker.access,
-        )
-        with contextlib.ExitStack() as opened:
-            read_end, write_end = os.pipe2(os.O_CLOEXEC)
-            opened.callback(os.close, read_end)
-            try:
-                spawned = await self._spawners[worker.backend].spawn(request, write_end)
-            finally:
-                os.close(write_end)
-            opened.callback(os.close, spawned.pidfd)
-            self._know(worker, spawned.uid, spawned.cgroup)
-            self._manager.keep_log(worker.id, read_end)
-            # after the spawn, while R starts: a worker without a row belongs to nobody, and `sweep` ends it
-            await self._record(worker)
-            opened.pop_all()
-            return spawned.pidfd, read_end
-
-    def _know(self, worker: Worker, uid: int, cgroup: str) -> None:
-        worker.uid, worker.cgroup = uid, cgroup
-        directory = Path(self._runtime_dirs[worker.backend]) / worker.id
-
-        def betrayed(sentence: str) -> None:
-            log.error("worker %s of app %s: %s", worker.id, worker.app_id, sentence)
-            worker.end(f"ended as an impostor: {sentence}", internal=True)
-
-        worker.socket = WorkerSocket(str(directory), uid, betrayed)
-
-    async def _pump(self, worker: Worker, read_end: int, worker_log: WorkerLog) -> None:
-        try:
-            await pump(
-                read_end, worker_log, lambda words: (f"worker {sentence}" for sentence in worker.limits.saw(words))
-            )
-        finally:
-            if not self._closing:
-                self._manager.drop_log(worker.id)
-
-    async def _serve(self, worker: Worker, pidfd: int) -> None:
-        """Bring a worker to serve and wait for its end."""
-        loop = asyncio.get_running_loop()
-        loop.add_reader(pidfd, worker.end, "exited")
-        try:
-            if worker.state is State.STARTING and await self._becomes_ready(worker):
-                worker.become(State.ACTIVE)
-                worker.touch()
-                worker.ready.set_result(None)
-                await self._record(worker)
-            await asyncio.wait([worker.over])
-        finally:
-            loop.remove_reader(pidfd)
-
-    async def _becomes_ready(self, worker: Worker) -> bool:
-        """Wait for the app's own answer; one that does not come, or cannot be asked for, is the worker's end."""
-        within = self._settings.proxy.worker_start_timeout
-        probe = asyncio.create_task(answers(worker.upstream, _LOOK_AGAIN))
-        either: list[asyncio.Future[Any]] = [probe, worker.over]
-        try:
-            await asyncio.wait(either, timeout=within, return_when=asyncio.FIRST_COMPLETED)
-            if not probe.done():
-                worker.end(f"it did not answer within {within:.0f} s")
-        finally:
-            probe.cancel()
-            await asyncio.wait([probe])
-        if not probe.cancelled() and (error := probe.exception()) is not None:
-            worker.end(f"it could not be asked whether it serves: {error}", internal=True)
-        return not worker.over.done()
-
-    async def _stop(self, worker: Worker) -> Result:
-        """Have the spawner end what is left of a worker, through a restart of the spawner if need be."""
-        worker.become(State.STOPPING)
-        self._forget(worker.upstream)
-        grace = 0.0 if worker.over.result() == "exited" else GRACE
-        for attempt in range(_STOP_ATTEMPTS):
-            try:
-                return await self._spawners[worker.backend].stop(worker.id, grace)
-            except SpawnerRefused:  # it ended while no spawner was there to see it
-                return Result("unknown")
-            except SpawnerUnreachable:
-                await asyncio.sleep(2**attempt * 0.1)
-        return Result("unknown")  # `sweep` ends it when the spawner is back
-
-    async def _finish(self, worker: Worker, app: App, result: Result, worker_log: WorkerLog) -> None:
+    async def _finish(self, worker: Worker, app: App, sentence: str, worker_log: WorkerLog) -> None:
         started = worker.ready.done()
-        sentence = worker.end_reason = _sentence(worker, result)
-        if not started and (words := await _sandbox_words(worker_log)):
-            worker.end_reason = f"{worker.end_reason}; {words}"
         worker.ended_at = time.time()
         worker.become(State.ENDED)
-        await self._record(worker)  # before it leaves its pool: whoever is told of the end finds it among the ended
+        await self._records.write(worker)  # before it leaves its pool: who is told of the end finds it among the ended
         pool = self._pools[worker.app_id]
         pool.workers.remove(worker)
         del self._workers[worker.id]
-        told = _WITHHELD if worker.internal else sentence  # and what bubblewrap said is for the owner, too
-        self._judge(worker, pool, told, started=started)
+        told = worker.for_visitors(sentence)  # what bubblewrap said is for the owner
+        pool.setbacks.judge(worker, told, started=started)
         for key in list(worker.slots):
-            self._take(worker, key)
+            self._slots.take(worker, key)
         if not started:
-            worker.ready.set_exception(StartFailed("start_failed", pool.setback.told or f"The app ended: {told}."))
+            worker.ready.set_exception(StartFailed("start_failed", pool.setbacks.app.told or f"The app ended: {told}."))
         await worker_log.note(f"worker ended: {worker.end_reason}")
-        await self._bound_logs(app.id)
+        with dispensable(log, "logs of ended workers are not looked at"):  # none fills the disk by failing
+            await self._logs.keep_within(await self._records.ended_of(app.id), _LOGS_KEPT)
         self.reconcile(app.id)
-
-    async def _bound_logs(self, app_id: str) -> None:
-        """Delete the oldest logs of an app whose ended workers wrote too much: none fills the disk by failing."""
-        ended = select(table.c.id).where(table.c.app_id == app_id, table.c.status == State.ENDED.value)
-        with dispensable(log, "logs of ended workers are not looked at"):
-            async with self._database.begin() as connection:
-                rows = await connection.execute(ended.order_by(table.c.ended_at.desc()).limit(_LOGS_LOOKED_AT))
-                newest_first = [row.id for row in rows]
-            await self._logs.keep_within(newest_first, _LOGS_KEPT)
-
-    def _judge(self, worker: Worker, pool: _Pool, told: str, *, started: bool) -> None:
-        """Note who is to wait for an end like this, which visitors are `told` of in these words.
-
-        A start that fails is the app's fault, or the host's. A worker that had come to serve and falls at once does
-        so in somebody's hands: a visitor who can crash the app keeps himself from it, and nobody else.
-        """
-        lived = (worker.ended_at or time.time()) - worker.started_at
-        if started and (worker.wished or lived > _SETTLED):
-            pool.clear(worker.slots.values())
-            return
-        if worker.wished:
-            return
-        what = "stopped soon after its start" if started else "could not start"
-        why, told = (f"The app {what}: {reason}." for reason in (worker.end_reason, told))
-        if worker.host_failed:
-            pool.setback.pause(why, told, _HOST_PAUSE)
-        elif started and worker.slots:
-            pool.blame(worker.slots.values(), why, told)
-        else:
-            pool.setback.grow(why, told)
-
-    async def _record(self, worker: Worker) -> None:
-        row = {
-            "app_id": worker.app_id,
-            "bundle_id": worker.bundle_id,
-            "status": worker.state.value,
-            "backend": worker.backend,
-            "access_type": worker.access,
-            "uid": worker.uid,
-            "cgroup": worker.cgroup,
-            "started_at": worker.started_at,
-            "ended_at": worker.ended_at,
-            "end_reason": worker.end_reason,
-        }
-        statement = insert(table).values(id=worker.id, **row).on_conflict_do_update(index_elements=["id"], set_=row)
-        # Visitors are served; only a restart would not find it.
-        with dispensable(log, f"worker {worker.id} is not recorded"):
-            async with self._database.begin() as connection:
-                await connection.execute(statement)
 
     # --- from outside --------------------------------------------------------------------------------------------
 
@@ -717,9 +387,7 @@ class Fleet:
         The caller sets `adopted` once the sessions are taken over, too: before that, a worker's slots look free.
         Can be tried again after an error. Raises SpawnerUnreachable, SpawnerRefused or StoreUnavailable.
         """
-        alive = table.c.status != State.ENDED.value
-        async with self._database.begin() as connection:
-            rows = (await connection.execute(select(table).where(alive))).all()
+        rows = await self._records.alive()
         running = await self._running({row.backend for row in rows} | self.waited_for())
         lost, waiting = [], set()
         for row in rows:
@@ -731,14 +399,7 @@ class Fleet:
             app = self._catalog.with_id(row.app_id)
             if app is None or row.id not in running[row.backend] or not await self._take_over(row, app, log_pipes):
                 lost.append(row.id)
-        async with self._database.begin() as connection:
-            for some in _batches(lost, 500):
-                ended = {
-                    "status": State.ENDED.value,
-                    "ended_at": time.time(),
-                    "end_reason": "ended while the server was away",
-                }
-                await connection.execute(update(table).where(table.c.id.in_(some)).values(**ended))
+        await self._records.lost(lost)
         self._known_backends |= running.keys()
         for name in log_pipes.keys() - waiting:
             os.close(log_pipes.pop(name))
@@ -788,7 +449,7 @@ class Fleet:
         if row.status in (State.ACTIVE, State.DRAINING):
             worker.state = State(row.status)
             worker.ready.set_result(None)
-        self._know(worker, entry.uid, entry.cgroup)
+        self._supervisor.know(worker, entry.uid, entry.cgroup)
         self._enrol(worker)
         self._start(self._live(worker, app, (pidfd, log_pipes.pop(row.id, None))))
         return True
@@ -810,40 +471,3 @@ class Fleet:
                 log.warning("ending worker %s of app %s: it belongs to nobody", entry.id, entry.app)
                 with contextlib.suppress(SpawnerRefused):  # it ended meanwhile
                     await spawner.stop(entry.id, 0)
-
-
-_WITHHELD = "failed for a reason that its owner can see"
-_WISHED = frozenset({"idle", "made room for another app", "redeployed", "the app was disabled", "the app was deleted"})
-
-
-def _sentence(worker: Worker, result: Result) -> str:
-    """Word why a worker ended, for its owner."""
-    why = worker.over.result() if worker.over.done() else "unknown"
-    if result.oom_kills or result.reason == "oom":
-        if worker.limits.server_was_full:
-            return "was ended since all apps together used the server's memory"
-        limit = f"{worker.memory_limit >> 20} MB" if worker.memory_limit else "the memory there is"
-        return f"used more than {limit} of memory"
-    if why != "exited":
-        return why
-    number = result.signal
-    if number is None and result.status is not None and result.status > 128:  # as a shell and bwrap report a signal
-        number = result.status - 128
-    if number is None and result.status is None:
-        return "exited while the spawner was away"
-    how = f"exited with status {result.status}" if number is None else f"was ended by signal {number}"
-    return how + worker.limits.before_its_end()
-
-
-async def _sandbox_words(worker_log: WorkerLog) -> str:
-    """Return bubblewrap's own last words, which tell the owner why there was no sandbox to run the app in."""
-    try:
-        tail = await worker_log.tail()
-    except OSError:  # its end is told without them
-        return ""
-    return next((line[:200] for line in reversed(tail.splitlines()) if line.startswith("bwrap: ")), "")
-
-
-def _batches(items: list[str], size: int) -> Iterable[list[str]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -5,7 +5,6 @@ import contextlib
 import errno
 import os
 import sqlite3
-from pathlib import Path
 
 import pytest
 from running_control import until
@@ -483,9 +482,10 @@ def out_of_descriptors(*_args, **_kwargs):
 
 async def test_a_host_without_a_descriptor_for_a_workers_limits_serves_all_the_same(control, monkeypatch):
     monkeypatch.setattr("blockyard_api.host.accounting.select.epoll", out_of_descriptors)
-    monkeypatch.setattr(control.fleet, "cgroup", lambda _worker: Path("/nonexistent"))
+    control.spawner.rewrite["spawn"] = lambda message: message | {"ok": message["ok"] | {"cgroup": "/b/nonexistent"}}
     await control.app()
-    await control.visit()
+    worker = control.worker_of(await control.visit())
+    assert worker.cgroup_dir.name == "nonexistent"
     assert control.alive
 
 

@@ -15,7 +15,7 @@ from blockyard_api.sessions import views
 from blockyard_api.sessions.views import HOUR, Views, fold
 from blockyard_api.store import migrate, tables
 from blockyard_api.store.tables import sessions
-from blockyard_api.workers import past
+from blockyard_api.workers.records import Records
 
 DAY = 86400.0
 numbers = itertools.count()
@@ -118,10 +118,10 @@ async def test_workers_that_ended_are_forgotten_after_a_while_unless_a_session_n
     async with store.begin() as connection:
         await connection.execute(insert(tables.workers), rows)
     await begun(store, app, [(digest("a"), 0)], ended_at=None)
-    await past.prune(store, 30 * DAY)
+    await Records(store).prune(30 * DAY)
     assert await size(store, tables.workers) == 4
     await clock.advance(31 * DAY)
-    await past.prune(store, 30 * DAY)
+    await Records(store).prune(30 * DAY)
     async with store.begin() as connection:
         assert set(await connection.scalars(select(tables.workers.c.id))) == {"w", "late", "runs"}
 
