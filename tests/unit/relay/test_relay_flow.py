@@ -448,42 +448,41 @@ async def test_a_trusted_proxy_may_hold_as_many_connections_as_it_likes(staging)
         assert (await (await stage.client()).ask(GET)).status == 200
 
 
+class Busy:
+    """A worker's script that takes a moment, and counts how many it has in hand."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.at_once = self.most = 0
+
+    async def __call__(self, turn):
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        await asyncio.sleep(0.01)
+        self.at_once -= 1
+        await self.answer(turn)
+
+
 async def test_requests_beyond_a_workers_places_wait_in_line(staging):
     stage = await staging(worker_connections=2)
-    at_once = most = 0
-
-    async def script(turn):
-        nonlocal at_once, most
-        at_once += 1
-        most = max(most, at_once)
-        await asyncio.sleep(0.01)
-        at_once -= 1
-        await turn.answer()
-
-    stage.worker.script = script
+    busy = stage.worker.script = Busy(lambda turn: turn.answer())
     answers = await asyncio.gather(*(stage.get() for _ in range(20)))
     assert {answer.status for answer in answers} == {200}
-    assert most == 2
+    assert busy.most == 2
 
 
 async def test_answers_that_end_with_the_connection_give_one_place_back_and_not_two(staging):
     stage = await staging(worker_connections=2)
-    at_once = most = 0
 
-    async def script(turn):
-        nonlocal at_once, most
-        at_once += 1
-        most = max(most, at_once)
-        await asyncio.sleep(0.01)
-        at_once -= 1
+    async def answer(turn):
         await turn.send(b"HTTP/1.1 200 OK\r\n\r\nall of it")
         turn.close()
 
-    stage.worker.script = script
+    busy = stage.worker.script = Busy(answer)
     for _ in range(3):
         answers = await asyncio.gather(*(stage.get() for _ in range(10)))
         assert {answer.body for answer in answers} == {b"all of it"}
-    assert most == 2
+    assert busy.most == 2
 
 
 async def test_a_line_that_is_too_long_is_turned_away(staging):
