@@ -1,6 +1,8 @@
 """The relay as a whole: its listeners, limits and clock, who is connected, and the pool of each worker."""
 
 import asyncio
+import contextlib
+import logging
 import math
 import socket
 from collections import Counter
@@ -13,7 +15,10 @@ from blockyard_api.relay.origin import Network, Origin, is_within, neighbourhood
 from blockyard_api.relay.places import Bounds
 from blockyard_api.relay.upstream import Pool
 
+_ABORTED_WITHIN = 2.0  # seconds until connections that were broken off are given up: a stop is not to wait for a fault
 _REFUSED = 128  # connections that may read why they were refused, at the same time
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +112,12 @@ class Relay:
         self._servers.clear()
         for connection in list(self._connections):
             connection.shut_down()
-        try:
-            async with asyncio.timeout(grace):
-                await self._until_empty()
-        except TimeoutError:
-            for connection in list(self._connections):
-                connection.abort()
-            await self._until_empty()
+        await self._until_empty(grace)
+        for connection in list(self._connections):
+            connection.abort()
+        await self._until_empty(_ABORTED_WITHIN)
+        if self._connections:
+            _logger.error("%d connections do not end", len(self._connections))
         for _, pool in self._pools.values():
             pool.close()
         self._pools.clear()
@@ -121,10 +125,12 @@ class Relay:
             self._clock.cancel()
             self._clock = None
 
-    async def _until_empty(self) -> None:
-        while self._connections:
-            self._empty.clear()
-            await self._empty.wait()
+    async def _until_empty(self, within: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                while self._connections:
+                    self._empty.clear()
+                    await self._empty.wait()
 
     # what connections ask
 

@@ -227,7 +227,9 @@ class WorkerConnection(asyncio.Protocol):
         self._begin_body(exchange, response, data[begin:] if len(data) < COPIED else memoryview(data)[begin:])
 
     def _upgrade(self, exchange: Exchange, response: Response, rest: bytes) -> None:
-        if exchange.websocket and response.upgrade == b"websocket":
+        if self.transport.is_closing():  # these are its last words: there is nobody to be connected with
+            self._refuse(exchange, "the worker closed the connection too early")
+        elif exchange.websocket and response.upgrade == b"websocket":
             exchange.upgraded(response, rest)
         else:
             self._refuse(exchange, "the worker switched protocols unasked")

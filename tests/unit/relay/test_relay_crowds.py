@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import socket
 
 import pytest
+
+from blockyard_api.relay.upstream import Pool
 
 GET = b"GET / HTTP/1.1\r\nHost: demo\r\n\r\n"
 UPGRADE = (
@@ -77,3 +80,33 @@ async def test_an_address_with_as_many_websockets_as_one_may_have_is_told_and_ot
     assert refused.status == 429
     assert refused.values("Retry-After")
     assert (await (await stage.client("127.0.0.9")).ask(GET)).status == 200
+
+
+async def test_a_worker_that_becomes_a_websocket_and_is_gone_leaves_nothing_behind(stage, monkeypatch):
+    listener, peers = socket.socket(socket.AF_UNIX), []
+    listener.bind(f"{stage.worker.path}x")
+    listener.listen(8)
+
+    async def connect():
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(f"{stage.worker.path}x")
+        sock.setblocking(False)
+        peers.append(listener.accept()[0])
+        return sock
+
+    dial = Pool.dial
+
+    async def dialled(pool):
+        connection = await dial(pool)
+        with peers.pop() as peer:  # so that the request cannot be written any more, and this is still to be read
+            peer.sendall(SWITCH)
+        return connection
+
+    monkeypatch.setattr(stage.worker, "connect", connect)
+    monkeypatch.setattr(Pool, "dial", dialled)
+    with listener:
+        client = await stage.client()
+        assert (await client.ask(UPGRADE)).status == 502
+        client.reset()
+        await gone(stage)
+        assert stage.gate.ended == stage.gate.admitted == 1
