@@ -20,7 +20,7 @@ from blockyard_api.identity.allowance import Allowance
 from blockyard_api.identity.tokens import Principal, Tokens
 from blockyard_api.relay.gate import Crowded, Forward, Header, Overloaded, Reply, RequestHead, Verdict
 from blockyard_api.sessions.address import Addresses
-from blockyard_api.sessions.issuer import issuer, token_of
+from blockyard_api.sessions.issuer import token_of
 from blockyard_api.sessions.registry import Session, Sessions, holder
 from blockyard_api.workers.fleet import Fleet
 from blockyard_api.workers.life import State
@@ -111,14 +111,17 @@ class AppGate:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ADOPTED_WITHIN):
                 await self._fleet.adopted.wait()
-        verdict = self._route(visit)
+        try:
+            verdict = self._route(self._again(visit))
+        except BlockyardError as error:
+            return _refusal(visit.head, error)
         return verdict if isinstance(verdict, Reply | Forward) else await verdict
 
     def _route(self, visit: "_Visit") -> Verdict | Awaitable[Verdict]:
         head, rest = visit.head, visit.rest
         session = self._session(visit)
         if session is not None:
-            if head.websocket and session.open_on(session.worker) >= _MOST_SOCKETS:
+            if head.websocket and session.open_on(session.worker) + session.handshakes >= _MOST_SOCKETS:
                 return _refusal(
                     head, TooMany("too_many_pages", "As many pages as one may have are open; close one.", 5)
                 )
@@ -146,16 +149,16 @@ class AppGate:
 
     async def _to_issuer(self, visit: "_Visit", session: Session, token: bytes) -> Verdict:
         """Pass on an upload or a download: it belongs to the worker whose page it comes from, an older one perhaps."""
-        pages = [worker for worker in (session.worker, *reversed(session.earlier)) if session.open_on(worker)]
-        worker = session.issuers.get(token)
-        if worker is None and len(pages) > 1 and (worker := await issuer(token, pages)) is not None:
-            session.know(token, worker)
-        if worker is None:
-            worker = pages[0] if pages else session.worker
+        pages = [worker for worker in session.workers if session.open_on(worker)]
+        worker = session.issuers.known(token)
         try:
+            if worker is None and len(pages) > 1:
+                worker = await session.issuers.ask(token, pages)
             visit = self._again(visit)
         except BlockyardError as error:
             return _refusal(visit.head, error)
+        if worker is None or worker not in session.workers:  # his last page there was closed: no slot is his any more
+            worker = next((worker for worker in session.workers if session.open_on(worker)), session.worker)
         if not session.over and self._serves(worker, session, visit):
             return self._forward(visit, worker, session, ())
         return await self._enter(visit, session)
@@ -229,6 +232,8 @@ class AppGate:
 
     def _again(self, visit: "_Visit") -> "_Visit":
         """Return the visit with the app as it is now, or raise what has come to stand against it since the decision."""
+        if visit.principal is not None and not self._tokens.stands(visit.principal):
+            raise Unauthorized("unauthorized", "Your token was revoked or has expired; log in anew.")
         app = self._catalog.get(visit.app.id)
         visit = visit._replace(app=app, relation=self._catalog.relation(app, visit.principal))
         if (error := self._objection(visit)) is not None:
@@ -245,7 +250,7 @@ class AppGate:
             self._addresses.prefix(visit.app.name).encode(),
             _identity(user, visit.relation or "anonymous"),
             cookies,
-            self._sessions.track(session, worker, used=used),
+            self._sessions.track(session, worker, handshake=visit.head.websocket, used=used),
         )
 
     def _loading(self, app: App, cookies: Sequence[Header]) -> Reply:

@@ -19,6 +19,7 @@ from blockyard_api.errors import TooMany
 from blockyard_api.identity.allowance import Allowance
 from blockyard_api.identity.tokens import Principal, digest
 from blockyard_api.relay.origin import neighbourhood
+from blockyard_api.sessions.issuer import Issuers
 from blockyard_api.sessions.views import Views, count
 from blockyard_api.settings import Proxy
 from blockyard_api.store.database import Database, dispensable
@@ -30,7 +31,6 @@ from blockyard_api.workers.worker import Worker
 
 PAGE_WINDOW = 15.0  # seconds between a page and its WebSocket: a crawler holds a slot no longer
 _BURST, _PER_SECOND = 30, 3.0  # new sessions of one client address; assets and known visitors are not counted
-_ISSUERS_KEPT = 32  # pages that one visitor has open at once, while there are several bundles of an app
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +48,10 @@ class Session:
     seen_at: float
     expires_at: float = float("inf")  # with the token that opened it
     earlier: list[Worker] = field(default_factory=list)
-    issuers: dict[bytes, Worker] = field(default_factory=dict)  # by a page's token, for which it had to be asked
+    issuers: Issuers = field(default_factory=Issuers)
     over: bool = False
     requests: int = 0
+    handshakes: int = 0  # of the requests, those for a WebSocket that is not open yet
     sockets: dict[object, tuple[Worker, Callable[[], None]]] = field(default_factory=dict)
     lapse: asyncio.TimerHandle | None = None
     lapses_at: float = 0.0  # by the loop's clock
@@ -59,11 +60,10 @@ class Session:
         """How many WebSockets of this visitor the worker serves."""
         return sum(1 for served_by, _ in self.sockets.values() if served_by is worker)
 
-    def know(self, token: bytes, worker: Worker) -> None:
-        """Keep in mind which worker made the page with this token."""
-        while len(self.issuers) >= _ISSUERS_KEPT:
-            del self.issuers[next(iter(self.issuers))]
-        self.issuers[token] = worker
+    @property
+    def workers(self) -> list[Worker]:
+        """The workers that serve this visitor, the newest first."""
+        return [self.worker, *reversed(self.earlier)]
 
     @property
     def busy(self) -> bool:
@@ -84,19 +84,23 @@ def holder(principal: Principal | None, client: str) -> str:
 class Tracker:
     """Follows one request of a session through the relay."""
 
-    __slots__ = ("_ended", "_registry", "_session", "_socket", "_under_way", "_used", "_worker")
+    __slots__ = ("_ended", "_handshake", "_registry", "_session", "_socket", "_under_way", "_used", "_worker")
 
-    def __init__(self, registry: "Sessions", session: Session | None, worker: Worker, *, used: bool) -> None:
+    def __init__(
+        self, registry: "Sessions", session: Session | None, worker: Worker, *, handshake: bool, used: bool
+    ) -> None:
         self._registry = registry
         self._session = session
         self._worker = worker
         self._socket: object | None = None
         self._ended = False
+        self._handshake = handshake
         self._used = used
-        self._under_way = True
-        worker.requests += 1
+        self._under_way = session is not None  # what a stranger fetches, slowly perhaps, keeps no worker alive
         if session is not None:
+            worker.requests += 1
             session.requests += 1
+            session.handshakes += handshake
 
     def request_ended(self) -> None:
         """Note the end of the exchange, once."""
@@ -130,6 +134,8 @@ class Tracker:
         if self._under_way:
             self._under_way = False
             self._worker.requests -= 1
+            if self._handshake and self._session is not None:
+                self._session.handshakes -= 1
             if self._worker.state is State.DRAINING:  # asked here: it is of nearly no request
                 self._registry.answered(self._worker)
 
@@ -281,9 +287,9 @@ class Sessions:
         """Return the sessions that hold a slot of a worker."""
         return [self._sessions[key] for key in worker.slots if key in self._sessions]
 
-    def track(self, session: Session | None, worker: Worker, *, used: bool) -> Tracker:
+    def track(self, session: Session | None, worker: Worker, *, handshake: bool, used: bool) -> Tracker:
         """Return the tracker of one request; `used`: it is a visitor's deed, after which the worker is not idle."""
-        return Tracker(self, session, worker, used=used)
+        return Tracker(self, session, worker, handshake=handshake, used=used)
 
     async def adopt(self) -> None:
         """Take over the sessions of an earlier run whose workers live; again, once more workers were taken over."""

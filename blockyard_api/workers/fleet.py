@@ -340,12 +340,12 @@ class Fleet:
         """Live one worker's life; `adopted` holds what one that runs already is held by."""
         with self._logs.writing(worker.id) as worker_log:
             self._tell_news()
-            sentence = await self._supervisor.until_gone(worker, app, adopted, worker_log)
+            await self._supervisor.until_gone(worker, app, adopted, worker_log)
             if not self._closing:
-                await self._finish(worker, app, sentence, worker_log)
+                await self._finish(worker, app, worker_log)
         worker.ended.set()
 
-    async def _finish(self, worker: Worker, app: App, sentence: str, worker_log: WorkerLog) -> None:
+    async def _finish(self, worker: Worker, app: App, worker_log: WorkerLog) -> None:
         started = worker.ready.done()
         worker.ended_at = time.time()
         worker.become(State.ENDED)
@@ -353,12 +353,13 @@ class Fleet:
         pool = self._pools[worker.app_id]
         pool.workers.remove(worker)
         del self._workers[worker.id]
-        told = worker.for_visitors(sentence)  # what bubblewrap said is for the owner
-        pool.setbacks.judge(worker, told, started=started)
+        pool.setbacks.judge(worker, started=started)
         for key in list(worker.slots):
             self._slots.take(worker, key)
         if not started:
-            worker.ready.set_exception(StartFailed("start_failed", pool.setbacks.app.told or f"The app ended: {told}."))
+            worker.ready.set_exception(
+                StartFailed("start_failed", pool.setbacks.app.told or f"The app ended: {worker.told}.")
+            )
         await worker_log.note(f"worker ended: {worker.end_reason}")
         with dispensable(log, "logs of ended workers are not looked at"):  # none fills the disk by failing
             await self._logs.keep_within(await self._records.ended_of(app.id), _LOGS_KEPT)

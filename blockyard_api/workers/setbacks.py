@@ -56,8 +56,8 @@ class Setbacks:
         """Return what a visitor in whose hands the app fell is told while he is to wait for that."""
         return self.visitors[visitor].refusal() if visitor in self.visitors else None
 
-    def judge(self, worker: Worker, told: str, *, started: bool) -> None:
-        """Note who is to wait for an end like this, which visitors are `told` of in these words.
+    def judge(self, worker: Worker, *, started: bool) -> None:
+        """Note who is to wait for an end like this.
 
         A start that fails is the app's fault, or the host's. A worker that had come to serve and falls at once does
         so in somebody's hands: a visitor who can crash the app keeps himself from it, and nobody else.
@@ -71,7 +71,7 @@ class Setbacks:
         if worker.wished:
             return
         what = "stopped soon after its start" if started else "could not start"
-        why, told = (f"The app {what}: {reason}." for reason in (worker.end_reason, told))
+        why, told = (f"The app {what}: {reason}." for reason in (worker.end_reason, worker.told))
         if worker.host_failed:
             self.app.pause(why, told, _HOST_PAUSE)
         elif started and worker.slots:

@@ -67,17 +67,15 @@ class Supervisor:
 
         worker.socket = WorkerSocket(str(directory), uid, betrayed)
 
-    async def until_gone(self, worker: Worker, app: App, adopted: Handles | None, worker_log: WorkerLog) -> str:
-        """See a worker through its life; `adopted` holds what one that runs already is held by.
+    async def until_gone(self, worker: Worker, app: App, adopted: Handles | None, worker_log: WorkerLog) -> None:
+        """See a worker through its life, and word its end; `adopted` holds what one that runs already is held by.
 
-        Returns why it ended, in words that may stand in a log and, of an app's own end, before visitors; `end_reason`
-        has those for its owner. Cancelled, it leaves the worker alone.
+        Cancelled, it leaves the worker alone.
         """
         result = await self._live(worker, app, adopted, worker_log)
-        sentence = worker.end_reason = _sentence(worker, result)
+        worker.sentence = worker.end_reason = _sentence(worker, result)
         if not worker.ready.done() and (words := await _sandbox_words(worker_log)):
-            worker.end_reason = f"{sentence}; {words}"
-        return sentence
+            worker.end_reason = f"{worker.sentence}; {words}"
 
     async def _live(self, worker: Worker, app: App, adopted: Handles | None, worker_log: WorkerLog) -> Result:
         try:

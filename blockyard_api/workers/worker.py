@@ -37,7 +37,8 @@ class Worker:
     state: State = State.STARTING
     started_at: float = field(default_factory=time.time)
     ended_at: float | None = None
-    end_reason: str | None = None
+    end_reason: str | None = None  # for the owner
+    sentence: str = "is gone"  # the same, without what tells of the server
     last_activity: float = field(default_factory=time.monotonic)
     idle_since: float | None = None  # epoch
     requests: int = 0  # under way; an open WebSocket is none
@@ -68,11 +69,7 @@ class Worker:
     @property
     def told(self) -> str:
         """How it ended, for a visitor."""
-        return self.for_visitors(self.end_reason or "is gone")
-
-    def for_visitors(self, reason: str) -> str:
-        """Return a reason as a visitor may read it."""
-        return _WITHHELD if self.internal else reason
+        return _WITHHELD if self.internal else self.sentence
 
     def end(self, why: str, *, internal: bool = False) -> None:
         """Ask for the end; the first wish counts. `internal`: visitors are not to read why."""

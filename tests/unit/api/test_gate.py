@@ -5,13 +5,14 @@ import contextlib
 import hashlib
 import inspect
 import sqlite3
+from types import SimpleNamespace
 
 import pytest
 from running_control import head, until
 from sqlalchemy import text
 
 from blockyard_api.relay.gate import Crowded, Overloaded
-from blockyard_api.sessions import issuer, registry
+from blockyard_api.sessions import issuer
 from blockyard_api.workers.life import State
 
 # --- a visitor's way in ----------------------------------------------------------------------------------------------
@@ -402,6 +403,32 @@ async def test_one_session_opens_so_many_websockets_and_no_more_until_one_is_clo
     await control.socket("plain", cookie)
 
 
+async def test_websockets_that_are_still_being_opened_count_among_those_of_a_session(control):
+    await control.app()
+    cookie = (await control.visit()).cookie
+    asked = [await control.ask("/app/plain/websocket/", cookie, websocket=True) for _ in range(70)]
+    assert [answer.status for answer in asked if not answer.forwarded] == [429] * 6
+    asked[0].end()  # the worker refused it
+    asked[1].open()
+    assert (await control.ask("/app/plain/websocket/", cookie, websocket=True)).forwarded
+    assert (await control.ask("/app/plain/websocket/", cookie, websocket=True)).status == 429
+
+
+async def test_what_a_stranger_fetches_keeps_no_worker_alive(control):
+    await control.app()
+    first = await control.visit()
+    page, _ = await control.socket("plain", first.cookie)
+    old = control.worker_of(page)
+    asset = await control.ask("/app/plain/style.css", Sec_Fetch_Dest=b"style")
+    assert control.worker_of(asset) is old
+    await control.deploy("plain")
+    page.end()
+    (await control.ask("/app/plain/", first.cookie, html=True)).end()
+    await until(old.ended.is_set, "the end of a worker that only a stranger still reads from")
+    asset.end()
+    assert old.requests == 0
+
+
 @pytest.fixture
 async def old_page(control):
     """A visitor with one page on the worker of an old bundle, and a place at the newest's: (cookie, old worker)."""
@@ -443,7 +470,7 @@ async def test_of_two_pages_each_ones_uploads_reach_the_worker_that_made_it(cont
 
 async def test_a_page_that_is_known_takes_no_other_pages_place_in_memory(control, two_pages, monkeypatch):
     cookie, old, new = two_pages
-    monkeypatch.setattr(registry, "_ISSUERS_KEPT", 2)
+    monkeypatch.setattr(issuer, "_KEPT", 2)
     control.spawner.tokens = {old.id: (b"a" * 32,), new.id: (b"b" * 32,)}
     for token in "abba":
         upload = await control.ask(f"/app/plain/session/{token * 32}/upload/x", cookie, method=b"POST")
@@ -468,6 +495,134 @@ async def test_a_worker_that_does_not_answer_holds_its_visitors_other_page_up_fo
     control.spawner.busy = {old.id}
     answer = await control.ask(f"/app/plain/session/{'b' * 32}/download/x", cookie)
     assert control.worker_of(answer.end()) is new
+
+
+async def test_a_page_whose_worker_computes_is_not_taken_for_another_ones(control, two_pages, monkeypatch):
+    cookie, old, _ = two_pages
+    monkeypatch.setattr(issuer, "_WITHIN", 0.05)
+    control.spawner.tokens = {old.id: (b"a" * 32,)}
+    control.spawner.busy = {old.id}
+    answer = await control.ask(f"/app/plain/session/{'a' * 32}/upload/x", cookie, method=b"POST")
+    assert control.worker_of(answer.end()) is old
+
+
+async def test_a_page_whose_worker_knows_it_does_not_wait_for_the_others(control, two_pages):
+    cookie, old, new = two_pages
+    control.spawner.tokens = {new.id: (b"b" * 32,)}
+    control.spawner.busy = {old.id}
+    async with asyncio.timeout(5):
+        answer = await control.ask(f"/app/plain/session/{'b' * 32}/download/x", cookie)
+    assert control.worker_of(answer.end()) is new
+
+
+@pytest.fixture
+def questions(monkeypatch):
+    """How many workers are asked at the moment, at the most so far, and in all."""
+    asked, ask = SimpleNamespace(now=0, most=0, all=0), issuer.status
+
+    async def counted(*words):
+        asked.now += 1
+        asked.all += 1
+        asked.most = max(asked.most, asked.now)
+        try:
+            return await ask(*words)
+        finally:
+            asked.now -= 1
+
+    monkeypatch.setattr(issuer, "status", counted)
+    return asked
+
+
+async def test_what_a_page_fetches_at_once_is_asked_for_once(control, two_pages, questions):
+    cookie, old, new = two_pages
+    control.spawner.tokens = {old.id: (b"a" * 32,), new.id: (b"b" * 32,)}
+    path = f"/app/plain/session/{'a' * 32}/download/x"
+    answers = await asyncio.gather(*(control.ask(path, cookie) for _ in range(20)))
+    assert {control.worker_of(answer.end()) for answer in answers} == {old}
+    assert questions.all == 2
+
+
+async def test_who_is_gone_before_the_answer_leaves_the_question_to_the_next(control, two_pages, questions):
+    cookie, old, new = two_pages
+    control.spawner.tokens = {old.id: (b"a" * 32,), new.id: (b"b" * 32,)}
+    control.spawner.busy = {old.id, new.id}
+    path = f"/app/plain/session/{'a' * 32}/download/x"
+    first = asyncio.create_task(control.ask(path, cookie))
+    await until(lambda: questions.now)
+    second = asyncio.create_task(control.ask(path, cookie))
+    await asyncio.sleep(0.01)
+    first.cancel()
+    control.spawner.busy = set()
+    assert control.worker_of((await second).end()) is old
+
+
+async def test_invented_tokens_do_not_take_a_workers_connections(control, two_pages, questions, monkeypatch):
+    cookie, old, new = two_pages
+    monkeypatch.setattr(issuer, "_WITHIN", 0.3)
+    control.spawner.busy = {old.id, new.id}
+    paths = [f"/app/plain/session/{number:032x}/download/x" for number in range(100)]
+    answers = await asyncio.gather(*(control.ask(path, cookie) for path in paths))
+    assert questions.most == 2 * 16
+    assert [answer.status for answer in answers if not answer.forwarded] == [429] * 84
+    for answer in answers:
+        if answer.forwarded:
+            answer.end()
+
+
+async def test_a_page_that_was_closed_takes_no_slot_of_its_old_worker_again(control, clock):
+    await control.app(max_sessions_per_worker=2)
+    first = await control.visit()
+    pages = [(await control.socket("plain", first.cookie))[0]]
+    other, _ = await control.socket("plain", (await control.visit()).cookie)  # another visitor keeps that worker alive
+    old = control.worker_of(pages[0])
+    assert control.worker_of(other) is old
+    for _ in range(2):
+        await control.deploy("plain")
+        (await control.ask("/app/plain/", first.cookie, html=True)).end()
+        await control.quiet()
+        pages.append((await control.socket("plain", first.cookie))[0])
+        control.spawner.tokens = {old.id: (b"a" * 32,)}
+        (await control.ask(f"/app/plain/session/{'a' * 32}/download/x", first.cookie)).end()
+    pages[0].end()
+    await clock.advance(61)
+    await asyncio.sleep(0.01)
+    assert len(old.slots) == 1
+    late = await control.ask(f"/app/plain/session/{'a' * 32}/download/x", first.cookie)
+    assert control.worker_of(late.end()) is control.worker_of(pages[-1])
+    assert len(old.slots) == 1
+
+
+async def test_a_token_that_is_revoked_while_the_server_still_starts_opens_nothing(control):
+    await control.app(access_type="logged_in")
+    token, plain = await control.services.tokens.create("admin", "short", 600)
+    bearer = {"Authorization": f"Bearer {plain}".encode()}
+    known = await control.visit(**bearer)
+    control.fleet.adopted.clear()
+    asked = [asyncio.create_task(control.ask("/app/plain/", cookie, **bearer)) for cookie in (known.cookie, None)]
+    await asyncio.sleep(0.1)
+    await control.services.tokens.revoke("admin", token.id)
+    control.fleet.adopted.set()
+    assert [answer.status for answer in await asyncio.gather(*asked)] == [401, 401]
+
+
+async def test_a_token_that_is_revoked_while_workers_are_asked_opens_nothing(start, monkeypatch):
+    control = await start()
+    monkeypatch.setattr(issuer, "_WITHIN", 0.5)
+    await control.app(access_type="logged_in")
+    token, plain = await control.services.tokens.create("admin", "short", 600)
+    bearer = {"Authorization": f"Bearer {plain}".encode()}
+    first = await control.visit(**bearer)
+    old, _ = await control.socket("plain", first.cookie, **bearer)
+    await control.deploy("plain")
+    (await control.ask("/app/plain/", first.cookie, html=True, **bearer)).end()
+    await control.quiet()
+    new, _ = await control.socket("plain", first.cookie, **bearer)
+    control.spawner.busy = {control.worker_of(old).id, control.worker_of(new).id}
+    path = f"/app/plain/session/{'a' * 32}/websocket/"
+    asked = asyncio.create_task(control.ask(path, first.cookie, websocket=True, **bearer))
+    await asyncio.sleep(0.1)
+    await control.services.tokens.revoke("admin", token.id)
+    assert (await asked).status == 401
 
 
 async def test_access_that_is_lost_while_workers_are_asked_is_not_given(control, two_pages, monkeypatch):
@@ -524,17 +679,21 @@ async def test_who_worked_for_long_without_a_request_is_known_after_a_restart(st
 async def test_a_page_that_is_asked_for_while_a_failed_start_is_written_down_tells_of_the_failure(control):
     await control.app()
     control.spawner.serves = False
+    control.spawner.words = b"bwrap: Can't mount /secret/path\n"
     page = await control.ask("/app/plain/", html=True)
     started = (await until(control.spawner.running))[0]
+    await until(lambda: control.fleet.all()[0].socket)
     database = sqlite3.connect(control.state / "blockyard.db", isolation_level=None, check_same_thread=False)
     with contextlib.closing(database) as other:
         await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")  # somebody else's: nothing can be written meanwhile
         control.spawner.exit(started.id, status=1)
         await until(lambda: control.fleet.all()[0].state is State.ENDED)
         again = await control.ask("/app/plain/", page.cookie, html=True)
+        assert "/secret/path" in control.fleet.all()[0].end_reason
         other.execute("ROLLBACK")
     assert again.status == 502
-    assert "The app was ended" in again.text
+    assert "The app was ended: it exited with status 1" in again.text
+    assert "secret" not in again.text
 
 
 # --- what a visitor is told ------------------------------------------------------------------------------------------
