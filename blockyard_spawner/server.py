@@ -90,7 +90,7 @@ class _Conversation:
             if self._waiting > _WAITING:
                 raise Refused("too_many_requests", "Wait for the replies to earlier ones.")  # noqa: TRY301 - answered below
             answer, attached = await HANDLERS[type(request)](self, request, descriptors)
-        except (Refused, OSError) as error:
+        except (Refused, OSError, RuntimeError) as error:  # the last: the spawner is ending
             code, message = error.args if isinstance(error, Refused) else ("system_error", f"See to the host: {error}.")
             subject = {"worker": getattr(request, "id", None), "app": getattr(request, "app", None)}
             audit("refusal", message, result=code, **subject, **self._peer)

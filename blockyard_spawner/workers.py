@@ -80,7 +80,8 @@ class Workers:
             if found.st_uid == 0:
                 with contextlib.suppress(OSError):  # made, but not yet given away: empty
                     os.rmdir(self._directory(name))
-            if found.st_uid == 0 or found.st_gid != self._api_gid:  # the latter are none of ours: a careless setting
+            # Others' are none of ours, whatever a careless setting says: workers' uids begin at 1000.
+            if found.st_uid not in self.free_uids and (found.st_uid < 1000 or found.st_gid != self._api_gid):
                 continue
             with contextlib.suppress(ValueError):  # the pool was another when it began
                 self.free_uids.remove(found.st_uid)
@@ -121,11 +122,11 @@ class Workers:
             argv = sandbox.bwrap_argv(self.config, wanted, made, lasting=bool(cgroup))
             worker.pid, worker.pidfd = launch.start(worker.uid, self._gid, argv, wanted.env, given, cgroup)
             worker.state = "running"
+            worker.audit("spawn", "ok", "was started", **peer)
         finally:
             for descriptor in given[2:]:
                 os.close(descriptor)
             self._tasks.create_task(self._live(worker))  # which also clears away what failed half-way
-        worker.audit("spawn", "ok", "was started", **peer)
         return worker
 
     async def stop(self, worker: Worker, grace: float, peer: Mapping[str, object]) -> None:

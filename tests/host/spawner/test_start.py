@@ -128,6 +128,24 @@ def test_an_end_in_the_pause_after_a_refusal_is_an_end_like_any_other(spawner):
     assert "Traceback" not in spawner.audit_text()
 
 
+@pytest.mark.parametrize("after", [0.005, 0.015, 0.03])
+def test_an_end_among_many_starts_is_an_end_like_any_other(spawner, client, after):
+    bundle = spawner.bundle("hello", {"app.R": WAITING})
+    log, writing = os.pipe()
+    for number in range(12):
+        client.send("spawn", (writing,), id=f"worker{number:04}", kind="app", app="hello", bundle=bundle)
+    time.sleep(after)
+    spawner.process.send_signal(signal.SIGTERM)
+    assert spawner.process.wait(30) == 0, spawner.audit_text()
+    assert "Traceback" not in spawner.audit_text()
+    for descriptor in (log, writing):
+        os.close(descriptor)
+    runs = {path.name for path in spawner.runtime_dir.iterdir()}
+    assert {name for name in runs if f"Worker {name} of hello was started" in spawner.audit_text()} == runs
+    spawner.start()
+    assert {entry["id"] for entry in spawner.client().call("list")["workers"]} == runs
+
+
 def test_a_socket_that_systemd_passes_is_served(stopped_spawner):
     user = api_user()
     stopped_spawner.prefix = ("systemd-socket-activate", "--seqpacket", "-l", str(stopped_spawner.socket))

@@ -1,6 +1,7 @@
 """A worker's life through the real spawner: from spawn to the last trace of it."""
 
 import os
+import pwd
 import select
 import shutil
 import signal
@@ -210,14 +211,27 @@ def test_a_worker_of_another_pool_is_found_again_and_its_uid_does_not_come_into_
     assert spawner.client(greet=False).hello()["uids_free"] == len(spawner.uids) - 1
 
 
-def test_a_directory_of_somebody_else_below_the_runtime_directory_is_left_alone(spawner):
+def test_workers_are_found_again_by_a_spawner_that_serves_another_user(spawner, client):
+    worker = spawner.run_r(client, "worker0001", WAITING)
+    spawner.end(signal.SIGKILL)
+    spawner.configure(api_user="daemon")
+    spawner.start()
+    client = spawner.client(user=pwd.getpwnam("daemon"))
+    assert client.call("list")["workers"][0]["pid"] == worker.pid
+    assert client.call("stop", id="worker0001")["result"]["reason"] == "stopped"
+    assert spawner.leftovers() == {}
+
+
+@pytest.mark.parametrize("owner", ["a person", "a service of the API's group"])
+def test_a_directory_of_somebody_else_below_the_runtime_directory_is_left_alone(spawner, owner):
+    uid, gid = {"a person": (54_321, 54_321), "a service of the API's group": (992, api_user().pw_gid)}[owner]
     home = spawner.runtime_dir / "somebody"  # as where /home was written by mistake
     home.mkdir(mode=0o755)
     (home / "thesis").write_text("years of work")
     empty = spawner.runtime_dir / "another"
     empty.mkdir(mode=0o700)
     for directory in (home, empty):
-        os.chown(directory, 54_321, 54_321)
+        os.chown(directory, uid, gid)
     spawner.end()
     spawner.start()
     assert spawner.client().call("list")["workers"] == []
