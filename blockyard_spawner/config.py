@@ -76,8 +76,8 @@ path = written("an absolute path without '..'", r"(/(?!\.\.(/|$))[^/\0]*)+", lam
 boolean = written("true or false", "(?i:true|false)", lambda value: value.lower() == "true", bool)
 _SIZE = "[1-9][0-9]{0,11}[kmgtKMGT]"
 size = written('a size such as "512m"', _SIZE, lambda value: int(value[:-1]) << _SHIFTS[value[-1].lower()])
-_CORES = r"(?=.*[1-9])[0-9]{1,4}(\.[0-9]{1,3})?"
-cpu = written('a number of cores such as 0.5 or "2"', _CORES, lambda value: round(float(value) * 1000), int, float)
+_CORES = r"(?!0+(\.0([0-4][0-9]?)?)?$)[0-9]{1,4}(\.[0-9]{1,3})?"  # with less, a start would take seconds
+cpu = written("a number of cores, at least 0.05", _CORES, lambda value: round(float(value) * 1000), int, float)
 
 
 def string_map(value: object) -> dict[str, str]:

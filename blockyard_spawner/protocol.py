@@ -37,7 +37,7 @@ class Limits:
     """What one worker may use; None leaves the choice to root's configuration."""
 
     memory: Amount | None = None  # bytes
-    cpu: Amount | None = None  # thousandths of a core
+    cpu: Annotated[int, range(50, 2**64)] | None = None  # thousandths of a core; with few, the fork holds the loop up
     pids: Amount | None = None
     tmp: Amount | None = None  # bytes of /tmp
 

@@ -17,6 +17,7 @@ from blockyard_api.store.database import Database
 from blockyard_api.store.tables import access, aliases, apps
 from blockyard_spawner import config
 
+LEAST_CPU = 0.05  # cores; with less, a start would take seconds, and the spawner would wait for it
 ACCESS_TYPES = ("public", "logged_in", "acl")
 _MOST_MEMORY = 1 << 50  # bytes; what the spawner's protocol can say
 
@@ -54,7 +55,8 @@ class App:
     @property
     def cpu_thousandths(self) -> int | None:
         """The app's own CPU limit in thousandths of a core."""
-        return None if self.cpu_limit is None else config.cpu(self.cpu_limit)
+        # max(): what was set before there was a least
+        return None if self.cpu_limit is None else config.cpu(max(self.cpu_limit, LEAST_CPU))
 
 
 class SwitchedOff(Unavailable):

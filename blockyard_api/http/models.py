@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
+from blockyard_api.apps.catalog import LEAST_CPU
+
 Text = Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Lines = Annotated[str, StringConstraints(max_length=10_000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f]*$")]
 
@@ -46,7 +48,7 @@ class AppChanges(Closed):
     max_workers_per_app: Annotated[int, Field(ge=1, le=10_000)] | None = None
     max_sessions_per_worker: Annotated[int, Field(ge=1, le=10_000)] = 1
     memory_limit: Annotated[str, StringConstraints(max_length=16)] | None = None
-    cpu_limit: Annotated[float, Field(gt=0, le=1024)] | None = None
+    cpu_limit: Annotated[float, Field(ge=LEAST_CPU, le=1024)] | None = None
     pre_warmed_sessions: Annotated[int, Field(ge=0, le=1000)] = 0
     network: Literal["host", "none"] | None = None
     scratch_copy: bool = False

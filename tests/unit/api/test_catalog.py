@@ -119,6 +119,7 @@ async def test_a_deleted_app_frees_its_name_and_is_remembered_as_deleted(catalog
         {"memory_limit": "512"},
         {"cpu_limit": -1},
         {"cpu_limit": 0},
+        {"cpu_limit": 0.04},
     ],
 )
 async def test_a_relative_or_negative_limit_is_refused_and_nothing_changes(catalog, changes):

@@ -12,6 +12,8 @@ PARSERS = [
     (config.cpu, 1.5, 1500),
     (config.cpu, 2, 2000),
     (config.cpu, "0.5", 500),
+    (config.cpu, 0.05, 50),
+    (config.cpu, "10", 10_000),
     (config.boolean, True, True),
     (config.boolean, "false", False),
     (config.boolean, "TRUE", True),
@@ -29,7 +31,7 @@ PARSERS = [
 ]
 WRONG = [
     *[(config.size, value) for value in (512, "512", "-1m", "0m", "1.5m", "m", "1mm", "1m\n", True, None, "")],
-    *[(config.cpu, value) for value in (0, "0", "0.0", -1, "1e3", float("inf"), True, "", "1.0000")],
+    *[(config.cpu, value) for value in (0, "0.0", 0.049, "00.04", -1, "1e3", float("inf"), True, "", "1.0000")],
     *[(config.boolean, value) for value in (1, 0, "yes", "", None)],
     *[(config.integer(1, 9), value) for value in (0, 10, "10", 1.0, True, "1 ", "", "-1", None)],
     *[(config.path, value) for value in ("relative", "", "/a/../b", "/..", "/a/..", "/a\n/../b", "/a\0b", 1, None)],
