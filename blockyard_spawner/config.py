@@ -107,7 +107,7 @@ KEYS: Mapping[str, Key] = {
     "storage.data_mounts": Key(data_mounts, {}),
     "process.bwrap_path": Key(path, "/usr/bin/bwrap"),
     "process.r_path": Key(path, "/usr/bin/R"),
-    "process.seccomp_profile": Key(lambda value: value and path(value), "/etc/blockyard/seccomp.bpf"),
+    "process.seccomp_profile": Key(lambda value: value if value == "" else path(value), "/etc/blockyard/seccomp.bpf"),
     "process.worker_uid_range_start": Key(integer(1000, 2**31), 60000),
     "process.worker_uid_range_end": Key(integer(1000, 2**31), 60999),
     "process.worker_gid": Key(integer(1, 2**31), 65534),
@@ -118,7 +118,7 @@ KEYS: Mapping[str, Key] = {
     "process.tmp_size": Key(size, 256 << 20),
     "process.api_user": Key(text, "blockyard"),
     "process.runtime_dir": Key(path, "/run/blockyard/workers"),
-    "process.cgroup_root": Key(lambda value: value and path(value), ""),
+    "process.cgroup_root": Key(lambda value: value if value == "" else path(value), ""),
     "process.allow_unlimited": Key(boolean, False),
     "process.spawner_socket": Key(path, "/run/blockyard/spawner.sock"),  # this and the next are the API's
     "process.skip_metadata_check": Key(boolean, False),

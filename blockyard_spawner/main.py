@@ -88,8 +88,8 @@ def _api_user(config: Mapping[str, Any], *, unprivileged: bool) -> pwd.struct_pa
         user = pwd.getpwuid(os.getuid()) if unprivileged else pwd.getpwnam(name)
     except KeyError as error:
         raise ConfigError(f"'process.api_user' names no user: create {name}, or name the API's user.") from error
-    if user.pw_uid in policy.uids(config) and not unprivileged:
-        raise ConfigError(f"'process.api_user' {name} is one of the workers' uids; move process.worker_uid_range.")
+    if (user.pw_uid in policy.uids(config) or user.pw_gid == config["process.worker_gid"]) and not unprivileged:
+        raise ConfigError(f"'process.api_user' {name} has a worker's uid or gid; move worker_uid_range or worker_gid.")
     return user
 
 
