@@ -1,0 +1,68 @@
+"""`scripts/up`, function by function: its places are below a temporary directory, and what it starts has stand-ins."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+UP = Path(__file__).parents[2] / "scripts" / "up"
+PLACES = re.compile(r"(?<![\w})*])/(?=(?:etc|opt|run|usr/local|var)/)")
+
+
+class Functions:
+    """What `scripts/up` defines, in a machine that is a directory, for a checkout that is another."""
+
+    def __init__(self, directory):
+        self.root, self.checkout = directory / "machine", directory / "checkout"
+        self.venv = self.root / "opt/blockyard/venv"
+        self.config = self.root / "etc/blockyard/blockyard.toml"
+        self.state = self.root / "var/lib/blockyard"
+        definitions, _, _ = UP.read_text().partition("\n(($# <= 1))")
+        self.definitions = PLACES.sub(f"{self.root}/", definitions)
+
+    def run(self, commands):
+        """Run commands after the definitions; return what they printed and their status."""
+        argv = ["bash", "-c", self.definitions + commands, self.checkout / "scripts/up"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout + done.stderr, done.returncode
+
+    def write(self, path, text, mode=0o644):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(mode)
+
+
+@pytest.fixture
+def up(tmp_path):
+    return Functions(tmp_path)
+
+
+# --- the administrator's token
+
+
+@pytest.fixture
+def token(up):
+    """A token's file, as root finds it, and a `by` that tells which token it was given."""
+    path = up.state / "admin-token"
+    up.write(path, "what-root-can-read\n")
+    up.write(up.venv / "bin/by", '#!/bin/sh\necho "asks with $BLOCKYARD_TOKEN" >&2\necho \'"name": "hello"\'\n', 0o755)
+    return path
+
+
+def test_the_token_that_is_sent_is_what_the_apis_user_can_read_and_not_what_root_can(up, token):
+    as_the_user = 'runuser() { echo "what-the-user-can-read: $*"; }\n'
+    told, status = up.run(as_the_user + f"token={token} url=http://here\ndeploy_hello")
+    assert told == f"asks with what-the-user-can-read: --user blockyard -- cat -- {token}\n"
+    assert status == 0
+
+
+def test_a_token_that_the_apis_user_cannot_read_is_not_sent(up, token):
+    told, status = up.run(f"runuser() {{ return 1; }}\ntoken={token} url=http://here\ndeploy_hello")
+    assert told == f"    blockyard cannot read {token}, or it was taken away; deploy with a token of your own\n"
+    assert status == 0
+
+
+def test_the_command_that_is_printed_reads_the_token_as_the_apis_user(up, token):
+    told, _ = up.run(f"curl() {{ :; }}\ntoken={token} url=http://here\nannounce")
+    assert f'by login --server http://here --token "$(sudo -u blockyard cat {token})"; by logs hello' in told
