@@ -15,6 +15,8 @@ class Functions:
 
     def __init__(self, directory):
         self.root, self.checkout = directory / "machine", directory / "checkout"
+        (self.checkout / "scripts").mkdir(parents=True)
+        (self.root / "usr/local/bin").mkdir(parents=True)
         self.venv = self.root / "opt/blockyard/venv"
         self.config = self.root / "etc/blockyard/blockyard.toml"
         self.state = self.root / "var/lib/blockyard"
@@ -66,3 +68,18 @@ def test_a_token_that_the_apis_user_cannot_read_is_not_sent(up, token):
 def test_the_command_that_is_printed_reads_the_token_as_the_apis_user(up, token):
     told, _ = up.run(f"curl() {{ :; }}\ntoken={token} url=http://here\nannounce")
     assert f'by login --server http://here --token "$(sudo -u blockyard cat {token})"; by logs hello' in told
+
+
+# --- the program
+
+
+def test_what_changes_in_the_checkout_while_it_is_installed_is_installed_by_the_next_run(up):
+    code = up.checkout / "blockyard_api/code"
+    for part in ("blockyard_api/code", "blockyard_spawner/code", "pyproject.toml", "README.md"):
+        up.write(up.checkout / part, "first\n")
+    pip = f'#!/bin/bash\ncp "${{@: -1}}/blockyard_api/code" {up.venv}\necho second >{code}\n'
+    up.write(up.venv / "bin/pip", pip, 0o755)
+    for installed in ("first\n", "second\n"):
+        assert up.run("install_code") == (f"    {up.venv}\n", 0)
+        assert (up.venv / "code").read_text() == installed
+    assert up.run("install_code") == ("", 0)
