@@ -83,3 +83,21 @@ def test_what_changes_in_the_checkout_while_it_is_installed_is_installed_by_the_
         assert up.run("install_code") == (f"    {up.venv}\n", 0)
         assert (up.venv / "code").read_text() == installed
     assert up.run("install_code") == ("", 0)
+
+
+# --- the configuration
+
+
+def test_a_run_that_is_ended_before_metadata_is_seen_to_leaves_that_to_the_next_one(up):
+    up.write(up.checkout / "scripts/blockyard.toml", '#network = "host"\n#skip_metadata_check = false\n')
+    for file in ("sysusers", "tmpfiles"):
+        up.write(up.checkout / f"systemd/blockyard.{file}", "")
+    stand_ins = "systemd-sysusers() { :; }; systemd-tmpfiles() { :; }; find_token() { :; }; timeout() { :; }\n"
+    _, status = up.run(stand_ins + "sed() { exit 130; }\nmake_users_and_directories")
+    assert status == 130
+    assert not up.config.exists()
+    told, status = up.run(stand_ins + "make_users_and_directories")
+    assert "a cloud's metadata service answers here" in told
+    assert status == 0
+    assert up.config.read_text() == 'network = "none"\nskip_metadata_check = true\n'
+    assert list(up.config.parent.iterdir()) == [up.config]
