@@ -1,6 +1,7 @@
 """`scripts/up`, function by function: its places are below a temporary directory, and what it starts has stand-ins."""
 
 import re
+import stat
 import subprocess
 from pathlib import Path
 
@@ -101,3 +102,39 @@ def test_a_run_that_is_ended_before_metadata_is_seen_to_leaves_that_to_the_next_
     assert status == 0
     assert up.config.read_text() == 'network = "none"\nskip_metadata_check = true\n'
     assert list(up.config.parent.iterdir()) == [up.config]
+
+
+@pytest.fixture
+def configured(up):
+    """An operator's own configuration; what is returned is where --remove keeps it."""
+    up.write(up.config, "mine\n")
+    up.write(up.checkout / "scripts/blockyard.toml", "shipped\n")
+    return up.state / "blockyard.toml"
+
+
+def test_the_configuration_is_kept_for_root_where_the_state_directory_is_gone(up, configured):
+    assert up.run("keep_configuration") == (f"    your configuration is kept: {configured}\n", 0)
+    assert configured.read_text() == "mine\n"
+    assert stat.S_IMODE(configured.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_a_link_where_the_configuration_is_kept_is_replaced_and_leads_nowhere(up, configured, tmp_path, kind):
+    target = tmp_path / "target"
+    up.state.mkdir(parents=True)
+    if kind == "file":
+        target.write_text("root's")
+    else:
+        target.mkdir()
+    configured.symlink_to(target)
+    assert up.run("keep_configuration")[1] == 0
+    assert not configured.is_symlink()
+    assert configured.read_text() == "mine\n"
+    assert target.read_text() == "root's" if kind == "file" else not list(target.iterdir())
+
+
+def test_a_directory_where_the_configuration_is_kept_is_named_with_the_next_step(up, configured):
+    configured.mkdir(parents=True)
+    told, status = up.run("keep_configuration")
+    assert told.endswith("take away what is there, then run scripts/up --remove again\n")
+    assert status == 1
