@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from getpass import getpass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -533,8 +534,16 @@ def _hoisted(arguments: list[str]) -> list[str]:
     return front + rest
 
 
+def _open_standard_streams() -> None:
+    """Open those that this process was started without: no other file may get their numbers, and what is said there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - stays open to the end
+
+
 def main() -> None:
     """Run `by`."""
+    _open_standard_streams()
     arguments = _hoisted(sys.argv[1:])
     as_json = "--json" in itertools.takewhile(lambda argument: argument != "--", arguments)
     ended: Failure

@@ -173,6 +173,18 @@ def test_output_that_cannot_be_written_is_one_sentence(server, by, tmp_path):
         assert "Standard output cannot be used (No space left on device)" in done.stderr
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_standard_stream_that_is_closed_is_as_good_as_an_empty_one(server, by, closed):
+    by("list", status=1)  # has the environment that the process takes over
+    server.otherwise = (200, {"apps": [APP], "total": 1})
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" list {closed}', BY], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0
+    assert ("hello" in done.stdout) == (">&-" not in closed.split())
+    assert done.stderr == ""
+
+
 # --- logging in
 
 
