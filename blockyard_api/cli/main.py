@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 failed (one sentence on standard error), 2 used wrongly, 130 interrupted.
 """
 
+import io
 import itertools
 import os
 import re
@@ -534,16 +535,21 @@ def _hoisted(arguments: list[str]) -> list[str]:
     return front + rest
 
 
-def _open_standard_streams() -> None:
-    """Open those that this process was started without: no other file may get their numbers, and what is said there."""
+def _prepare_standard_streams() -> None:
+    """Open those that this process was started without: no other file may get their numbers, and what is said there.
+
+    What apps write is UTF-8; where the output's encoding lacks a character, an escape stands for it.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - stays open to the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main() -> None:
     """Run `by`."""
-    _open_standard_streams()
+    _prepare_standard_streams()
     arguments = _hoisted(sys.argv[1:])
     as_json = "--json" in itertools.takewhile(lambda argument: argument != "--", arguments)
     ended: Failure

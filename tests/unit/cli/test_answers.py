@@ -185,6 +185,17 @@ def test_a_standard_stream_that_is_closed_is_as_good_as_an_empty_one(server, by,
     assert done.stderr == ""
 
 
+def test_what_the_outputs_encoding_lacks_is_written_as_an_escape(server, by, monkeypatch):
+    by("list", status=1)  # has the environment that the process takes over
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    server.to["GET apps/hello/logs"] = (200, "gr\u00fcn \u65e5\n")
+    server.to["GET apps"] = (200, {"apps": [APP | {"title": "gr\u00fcn"}], "total": 1})
+    for command, shown in (["logs", "hello"], "gr\\xfcn \\u65e5\n"), (["list"], "gr\\xfcn  "):
+        done = subprocess.run([BY, *command], capture_output=True, encoding="ascii", timeout=60, check=False)
+        assert done.returncode == 0
+        assert shown in done.stdout
+
+
 # --- logging in
 
 
