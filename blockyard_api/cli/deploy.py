@@ -5,6 +5,7 @@ which then failed is removed again: it would be an empty page, and in the way of
 """
 
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,8 @@ def _archive(source: Path, output: Output) -> Iterator[Path]:
 
 def _require_gzip(source: Path) -> None:
     try:
+        if not stat.S_ISREG(source.stat().st_mode):  # a pipe is read once, and tells no size
+            raise Failure("no_file", f"'{source}' is neither a directory nor a file; write the .tar.gz into one first.")
         with source.open("rb") as file:
             start = file.read(len(_GZIP))
     except FileNotFoundError as error:

@@ -1,6 +1,7 @@
 """`by deploy`: what is checked before anything is made, and what is left of an attempt that failed."""
 
 import json
+import os
 
 import pytest
 from fake_server import APP
@@ -99,6 +100,17 @@ def test_what_cannot_be_deployed_is_said_before_the_server_hears_of_it(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert words in by("deploy", tmp_path / name, "--yes", status=status).err
+    assert server.asked == []
+
+
+def test_a_pipe_is_refused_before_the_server_hears_of_it_and_is_not_waited_for(server, by, tmp_path):
+    os.mkfifo(tmp_path / "app.tar.gz")
+    told = by("deploy", tmp_path / "app.tar.gz", "--yes", status=1).err
+    assert "is neither a directory nor a file; write the .tar.gz into one first" in told
+    reading, writing = os.pipe()
+    with open(reading, "rb"), open(writing, "wb", buffering=0) as pipe:
+        pipe.write(b"\x1f\x8b")
+        assert "is neither a" in by("deploy", f"/dev/fd/{reading}", "--name", "hello", "--yes", status=1).err
     assert server.asked == []
 
 
