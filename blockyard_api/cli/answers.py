@@ -3,6 +3,7 @@
 What a command merely prints is not named here: a newer server may tell more, an older one less.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -54,6 +55,17 @@ STATUS: Shape = {
     "workers": {"running": int, "max": int},
     "unit": dict | None,
 }
+
+_DEEPEST = 64  # levels: what could be read might be too deep to be printed
+
+
+def is_shallow(answer: object) -> bool:
+    """Tell whether an answer's lists and objects are nested as little as a server's are."""
+    level = [answer]
+    for _ in range(_DEEPEST):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [*itertools.chain.from_iterable(inner)]
+    return not level
 
 
 def fits(answer: object, shape: Shape) -> bool:

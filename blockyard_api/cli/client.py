@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import httpx
 
-from blockyard_api.cli.answers import Shape, fits
+from blockyard_api.cli.answers import Shape, fits, is_shallow
 
 CHUNK = 1 << 16
 CONNECT_TIMEOUT = 10.0
@@ -170,7 +170,7 @@ class Client:
         try:
             body = response.json()
             code, message = str(body["error"]), str(body["message"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return self._unexpected(f"answered HTTP {status} without saying why", status)
         if message == _OF_THE_RELAY:
             remedy = "give the address they are managed at, usually that of port 8080, with --server"
@@ -197,9 +197,9 @@ class Client:
         self._check(response)
         try:
             answer: Answer = response.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._unexpected("answered something other than JSON", response.status_code) from error
-        if not fits(answer, shape):
+        if not (is_shallow(answer) and fits(answer, shape)):
             raise self._unexpected("answered something else than was asked for", response.status_code)
         return answer
 

@@ -50,7 +50,7 @@ def load() -> Credentials | None:
         return Credentials(_address(content["server"]), str(content["token"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise Failure("unreadable_login", f"{path} cannot be read; remove it and run 'by login' again.") from error
 
 

@@ -32,6 +32,24 @@ def test_a_server_that_answers_something_else_is_asked_about_and_nothing_is_beli
     assert printed.out == ""
 
 
+NESTED = "[" * 100_000
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_json_that_is_nested_too_deeply_to_be_read_is_no_servers(server, by, status):
+    server.otherwise = (status, NESTED, {"Content-Type": "application/json"})
+    assert by("list", status=1).err.strip().endswith("is it a Blockyard server?")
+
+
+def test_neither_is_what_is_too_deep_to_be_printed(server, by):
+    nested = []
+    for _ in range(900):
+        nested = [nested]
+    server.otherwise = (200, APP | {"more": nested})
+    for command in (["get", "hello"], ["get", "hello", "--json"]):
+        assert "answered something else than was asked for" in by(*command, status=1).err
+
+
 def test_a_login_is_kept_only_where_a_blockyard_server_knows_the_token(server, by, tmp_path):
     server.to["GET users/me"] = (200, {"sub": "admin", "name": "", "role": "admin"})
     by("login", "--token", "by_good")

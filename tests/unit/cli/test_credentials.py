@@ -77,7 +77,7 @@ def test_what_is_no_token_is_not_sent(token: str) -> None:
     assert token not in refused.value.message
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", json.dumps({"server": "x", "token": "y"})])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", json.dumps({"server": "x", "token": "y"}), "[" * 100_000])
 def test_a_broken_login_names_the_file_and_the_remedy(home: Path, content: str) -> None:
     path = save(Credentials(HERE, "by_secret"))
     path.write_text(content)
