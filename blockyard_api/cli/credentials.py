@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
+
 from blockyard_api.cli.client import Failure, UsedWrongly
 
 DEFAULT_SERVER = "http://127.0.0.1:8080"
@@ -102,7 +104,8 @@ def _address(server: str) -> str:
     try:
         parts = urlsplit(server)
         valid = parts.scheme in {"http", "https"} and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:
+        httpx.URL(server).raw_host.decode("ascii").encode("idna")  # as its address is looked up: labels have 63 at most
+    except (ValueError, httpx.InvalidURL):
         valid = False
     if not valid or parts.username is not None or parts.query or parts.fragment:
         raise UsedWrongly("invalid_server", f"{server!r:.200} is no server's address; write it like {DEFAULT_SERVER}.")

@@ -560,6 +560,8 @@ def main() -> None:
         ended = UsedWrongly("used_wrongly", error.format_message())
     except Failure as failure:
         ended = failure
+    except UnicodeEncodeError:  # nothing but bytes of the command line that Python could not decode
+        ended = UsedWrongly("not_text", "A value on the command line is no UTF-8; write it in UTF-8.")
     except OSError as error:
         # What is still in the buffer would fail once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blockyard_api.cli.client import Failure
+from blockyard_api.cli.client import Failure, UsedWrongly
 from blockyard_api.cli.credentials import Credentials, forget, load, resolve, save
 
 HERE = "http://127.0.0.1:8080"
@@ -61,13 +61,21 @@ def test_a_kept_token_is_never_sent_to_another_server(server: str) -> None:
     assert resolve(None, None, {"BLOCKYARD_URL": server}).token is None
 
 
-@pytest.mark.parametrize(
-    "server",
-    ["localhost:8080", "ftp://x", "http://", "http://user:word@host", "http://host:99999", "http://[", "//x", ""],
-)
+NO_ADDRESSES = [
+    "localhost:8080", "ftp://x", "http://", "http://user:word@host", "http://host:99999", "http://[", "//x", "",
+    f"http://{'a' * 64}.org", f"http://{'ü' * 63}.org", "http://a..b", "http://\udcff", "http://x/\udcff",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("server", NO_ADDRESSES)
 def test_what_is_no_address_is_said_so(server: str) -> None:
-    with pytest.raises(Failure, match="is no server's address"):
+    with pytest.raises(UsedWrongly, match="is no server's address"):
         resolve(server or "/", None, {})
+
+
+@pytest.mark.parametrize("server", ["http://[::1]:8080", f"http://{'a' * 63}.org.", "http://faß.org", "http://a_b"])
+def test_what_is_an_unusual_address_is_taken(server: str) -> None:
+    assert resolve(server, None, {}).server == server
 
 
 @pytest.mark.parametrize("token", ["two words", "line\nbreak", "ü"])
