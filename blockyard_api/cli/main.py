@@ -529,7 +529,10 @@ def _hoisted(arguments: list[str]) -> list[str]:
         elif argument == "--json" or argument.startswith(tuple(f"{name}=" for name in _VALUED)):
             front.append(argument)
         elif argument in _VALUED:
-            front += [argument, *[value for value in [next(left, None)] if value is not None]]
+            value = next(left, "-")
+            if value.startswith("-"):  # no address and no token does; Typer misses the value of what is last
+                return [*front, *(word for word in (value, *left) if word == "--json"), argument]
+            front += [argument, value]
         else:
             rest.append(argument)
     return front + rest

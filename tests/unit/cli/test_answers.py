@@ -173,6 +173,8 @@ def test_what_the_server_finds_wrong_with_a_value_is_wrong_use_in_the_words_of_t
         (["logs", "hello", "--worker", "\udcff" * 32], "no UTF-8"),
         (["tokens", "create", "\udcff"], "no UTF-8"),
         (["tokens", "revoke", "\udcff" * 32], "no UTF-8"),
+        (["list", "--server"], "'--server' requires an argument"),
+        (["get", "hello", "--token"], "'--token' requires an argument"),
         (["no-such-command"], "No such command"),
         (["rollback", "hello", "abc"], "at least 4 characters"),
     ],
