@@ -54,14 +54,14 @@ def token(up):
 
 
 def test_the_token_that_is_sent_is_what_the_apis_user_can_read_and_not_what_root_can(up, token):
-    as_the_user = 'runuser() { echo "what-the-user-can-read: $*"; }\n'
+    as_the_user = 'setsid() { echo "what-the-user-can-read: $*"; }\n'
     told, status = up.run(as_the_user + f"token={token} url=http://here\ndeploy_hello")
-    assert told == f"asks with what-the-user-can-read: --user blockyard -- cat -- {token}\n"
+    assert told == f"asks with what-the-user-can-read: --wait runuser --user blockyard -- cat -- {token}\n"
     assert status == 0
 
 
 def test_a_token_that_the_apis_user_cannot_read_is_not_sent(up, token):
-    told, status = up.run(f"runuser() {{ return 1; }}\ntoken={token} url=http://here\ndeploy_hello")
+    told, status = up.run(f"setsid() {{ return 1; }}\ntoken={token} url=http://here\ndeploy_hello")
     assert told == f"    blockyard cannot read {token}, or it was taken away; deploy with a token of your own\n"
     assert status == 0
 
