@@ -1,0 +1,6 @@
+"""What these tests need of their neighbours'."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "hardening"))  # the kernel's side of a filter
