@@ -3,11 +3,11 @@
 import asyncio
 import json
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+from blockyard_api.bundles.removal import discard, remove
 from blockyard_api.bundles.unpack import BundleInfo, BundleRefused, Unpacked, storage_failure
 
 __all__ = ["BundleInfo", "BundleRefused", "unpack"]
@@ -32,7 +32,7 @@ async def unpack(archive: Path, destination: Path) -> BundleInfo:
     except OSError as error:
         raise storage_failure(error) from error
     finally:
-        await asyncio.shield(asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True))
+        await asyncio.shield(asyncio.to_thread(discard, staging))
     return verdict.info
 
 
@@ -40,7 +40,7 @@ def _make_empty(directory: Path) -> None:
     try:
         directory.mkdir(mode=0o755)
     except FileExistsError:  # left by an unpacking that a power cut ended
-        shutil.rmtree(directory)
+        remove(directory)
         directory.mkdir(mode=0o755)
 
 

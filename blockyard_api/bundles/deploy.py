@@ -5,7 +5,6 @@ import contextlib
 import errno
 import logging
 import secrets
-import shutil
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from sqlalchemy import delete, insert, select, update
 
 from blockyard_api.apps.catalog import App, Catalog
 from blockyard_api.bundles.archive import BundleRefused, unpack
+from blockyard_api.bundles.removal import discard, remove
 from blockyard_api.clock import rfc3339
 from blockyard_api.errors import BlockyardError, Conflict, NotFound, OutOfSpace, TooLarge
 from blockyard_api.settings import Storage
@@ -160,7 +160,7 @@ class Deployments:
                     message = _DELETED
                 served = app is not None and app.active_bundle == bundle_id  # what failed is what comes after that
                 if not served:
-                    await asyncio.to_thread(shutil.rmtree, self._bundles / bundle_id, ignore_errors=True)
+                    await asyncio.to_thread(discard, self._bundles / bundle_id)
                     await self._set_status(bundle_id, "failed", message)
             told = f"{_SERVED} Something after that failed: {message}" if served else message
             await self._say(task_id, told, status="completed" if served else "failed")
@@ -259,7 +259,7 @@ class Deployments:
     async def _remove(self, bundle_id: str) -> None:
         async with self._database.begin() as connection:  # first: a bundle that is listed has its files
             await connection.execute(delete(bundles).where(bundles.c.id == bundle_id))
-        await asyncio.to_thread(shutil.rmtree, self._bundles / bundle_id, ignore_errors=True)
+        await asyncio.to_thread(discard, self._bundles / bundle_id)
 
     async def purge_deleted(self) -> None:
         """Delete what is left of apps that were deleted long ago."""
@@ -296,7 +296,7 @@ def _clear(uploads: Path, directory: Path, ready: set[str]) -> None:
             continue
         try:
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+                remove(path)
             else:
                 path.unlink()
         except OSError as error:

@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import io
-import shutil
 import tarfile
 
 import pytest
@@ -203,12 +202,12 @@ async def test_what_cannot_be_cleared_away_is_told_and_does_not_stop_the_start(s
         place.mkdir()
     (control.state / "bundles" / "half").mkdir()
 
-    def denied(path, remove=shutil.rmtree, **more):
+    def denied(path, remove=deploy.remove):
         if path in places:  # of another user, as on a file system mounted there
             raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
-        remove(path, **more)
+        remove(path)
 
-    monkeypatch.setattr(deploy.shutil, "rmtree", denied)
+    monkeypatch.setattr(deploy, "remove", denied)
     await control.start_daemon()
     monkeypatch.undo()
     assert not (control.state / "bundles" / "half").exists()

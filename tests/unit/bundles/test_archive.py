@@ -50,6 +50,15 @@ def test_whatever_it_says_is_a_refusal_at_most(said, taken_over, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["program", "said"]
 
 
+def test_directories_without_end_are_a_refusal_as_any_other_and_nothing_of_them_stays(taken_over, tmp_path):
+    deeper = f"{sys.executable} {tmp_path}/deeper"
+    (tmp_path / "deeper").write_text("import os\nfor _ in range(1200): os.mkdir('d'); os.chdir('d')")
+    with pytest.raises(BundleRefused) as refused:
+        taken_over(json.dumps({"refused": {"code": "no", "message": "No."}}), does=deeper)
+    assert refused.value.code == "no"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deeper", "program", "said"]
+
+
 def test_a_link_in_place_of_the_bundle_leads_the_server_to_change_nothing_elsewhere(taken_over, tmp_path):
     secret = tmp_path / "secret"
     secret.mkdir(mode=0o700)
