@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from blockyard_api.bundles.removal import discard, remove
-from blockyard_api.bundles.unpack import BundleInfo, BundleRefused, Unpacked, storage_failure
+from blockyard_api.bundles.unpack import ENTRY_POINTS, BundleInfo, BundleRefused, Unpacked, storage_failure
 
 __all__ = ["BundleInfo", "BundleRefused", "unpack"]
 
@@ -92,10 +92,12 @@ def _understood(text: bytes) -> Unpacked:
         verdict = json.loads(text)
         json.dumps(verdict, ensure_ascii=False).encode()  # half a surrogate pair fits into no log and no database
         match verdict:
-            case {"refused": {"code": str(code), "message": str(message)}}:
+            case {"refused": {"code": str(code), "message": str(message)}} if f"{code}{message}".isprintable():
                 raise BundleRefused(code, message)
             case {"top": str(top), "info": {"entry": str(entry), "files": int(files), "size": int(size)}} if (
-                "/" not in top and "\0" not in top and top not in (".", "..")  # it stays in its directory
+                ("/" not in top and "\0" not in top and top not in (".", ".."))  # it stays in its directory
+                and entry.lower() in ENTRY_POINTS  # it is told in a log, line by line
+                and all(type(number) is int and number >= 0 for number in (files, size))
             ):
                 return Unpacked(top, BundleInfo(entry, files, size))
             case _:

@@ -38,6 +38,7 @@ MAX_LINK_HOPS = 40
 MAX_HEADERS = 1 << 20  # between the contents of two files, and after the last
 MAX_SCANNED_CODE = 256 << 10
 CHUNK = 1 << 18
+ENTRY_POINTS = ("app.r", "server.r")  # however they are spelled
 
 Parts = tuple[str, ...]
 
@@ -326,7 +327,7 @@ def _resolve(link: Parts, entries: Mapping[Parts, str], links: Mapping[Parts, st
 
 
 def _entry_point(kinds: Mapping[str, str]) -> str:
-    found: dict[str, list[str]] = {"app.r": [], "server.r": [], "ui.r": []}
+    found: dict[str, list[str]] = {name: [] for name in (*ENTRY_POINTS, "ui.r")}
     for name, kind in kinds.items():
         if name.lower() in found and kind == "file":
             found[name.lower()].append(name)

@@ -9,6 +9,12 @@ import pytest
 from blockyard_api.bundles.archive import BundleRefused, unpack
 
 GOOD = {"top": "", "info": {"entry": "app.R", "files": 1, "size": 10}}
+
+
+def good(**info):
+    return json.dumps(GOOD | {"info": GOOD["info"] | info})
+
+
 LIES = {
     "nothing": "",
     "no JSON": "x",
@@ -16,7 +22,14 @@ LIES = {
     "an empty map": "{}",
     "no info": json.dumps({"top": "app"}),
     "a number for a name": json.dumps(GOOD | {"top": 1}),
-    "words for numbers": json.dumps(GOOD | {"info": {"entry": "app.R", "files": "many", "size": 10}}),
+    "words for numbers": good(files="many"),
+    "truth for a number": good(files=True),
+    "less than nothing": good(size=-5),
+    "a part of a file": good(files=1.5),
+    "a file that nothing starts from": good(entry="run.R"),
+    "a line of its own in the log": good(entry="app.R\n2026-01-01T00:00:00Z The app serves this bundle now."),
+    "a refusal of two lines": json.dumps({"refused": {"code": "no", "message": "No.\nThe app serves this bundle."}}),
+    "a refusal that clears the screen": json.dumps({"refused": {"code": "no", "message": "\x1b[2J"}}),
     "a refusal that is no map": json.dumps({"refused": "no"}),
     "a refusal without a sentence": json.dumps({"refused": {"code": "no"}}),
     "half a character": json.dumps({"refused": {"code": "no", "message": "\ud800"}}),
