@@ -1,11 +1,25 @@
-"""Alembic's environment: one SQLite database, one transaction a migration."""
+"""Alembic's environment: one SQLite database, and all that is migrated at once in one transaction."""
+
+from typing import Any
 
 from alembic import context
-from sqlalchemy import create_engine
+from sqlalchemy import Connection, create_engine, event
 
 from blockyard_api.store.tables import metadata
 
 engine = create_engine(context.config.get_main_option("sqlalchemy.url", ""))
+
+
+@event.listens_for(engine, "connect")
+def _leave_transactions_alone(driver: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own connection type
+    driver.isolation_level = None  # sqlite3 would begin one before the first change of a row, past that of tables
+
+
+@event.listens_for(engine, "begin")
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
+
+
 with engine.begin() as connection:
     context.configure(connection=connection, target_metadata=metadata, render_as_batch=True)
     context.run_migrations()

@@ -1,11 +1,17 @@
 """Migrations build what the tables say, and the database is a WAL one."""
 
+import hashlib
 import sqlite3
+import time
+from contextlib import closing
 
+import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import IntegrityError
 
 from blockyard_api.store import database, migrate, tables
 
@@ -22,6 +28,58 @@ def test_migrations_build_exactly_the_tables_that_the_code_uses(tmp_path):
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), tables.metadata) == []
     engine.dispose()
+
+
+USERS = ["a", "b@example.org", "Zoë", "日本", "", "a\0b", "x" * 255]
+
+
+@pytest.fixture
+def visited(tmp_path):
+    """A database of before views were counted, with two sessions of each user and one of a stranger."""
+    path = tmp_path / "visited.db"
+    command.upgrade(migrate.alembic_config(path), "0004")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for number, user in enumerate([*USERS, *USERS, None]):
+            row = (str(number), "app", user, None, user or "a stranger's hash", "worker", 1.0, 2.0, None)
+            connection.execute("INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    return path
+
+
+def rows(path, query):
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(query).fetchall()
+
+
+def test_users_visits_are_kept_under_their_hash_and_a_strangers_as_they_are(visited):
+    migrate.upgrade(visited)
+    hashed = [hashlib.sha256(user.encode()).hexdigest() for user in USERS]
+    kept = rows(visited, "SELECT visitor FROM sessions ORDER BY CAST(hash AS INTEGER)")
+    assert kept == [(visitor,) for visitor in [*hashed, *hashed, "a stranger's hash"]]
+    assert rows(visited, "SELECT DISTINCT typeof(visitor) FROM sessions") == [("text",)]
+
+
+def test_as_many_users_as_sessions_are_hashed_in_one_pass(visited):
+    with closing(sqlite3.connect(visited)) as connection, connection:
+        many = ((f"more {number}", f"user {number}") for number in range(20_000))
+        connection.executemany("INSERT INTO sessions VALUES (?, 'app', ?, NULL, '', 'worker', 1, 2, NULL)", many)
+    before = time.process_time()
+    migrate.upgrade(visited)
+    assert time.process_time() - before < 10  # a pass for each user takes half a minute
+    assert rows(visited, "SELECT count(*) FROM sessions WHERE length(visitor) <> 64") == [(1,)]
+
+
+def test_a_migration_that_is_cut_off_leaves_the_database_as_it_was_and_succeeds_later(visited):
+    broken = "CREATE TRIGGER broken BEFORE UPDATE ON sessions BEGIN SELECT raise(ABORT, 'cut off'); END"
+    with closing(sqlite3.connect(visited)) as connection, connection:
+        connection.execute(broken)
+    tables_before = rows(visited, "SELECT name FROM sqlite_master")
+    with pytest.raises(IntegrityError, match="cut off"):
+        migrate.upgrade(visited)
+    assert rows(visited, "SELECT name FROM sqlite_master") == tables_before
+    with closing(sqlite3.connect(visited)) as connection, connection:
+        connection.execute("DROP TRIGGER broken")
+    migrate.upgrade(visited)
+    assert rows(visited, "SELECT version_num FROM alembic_version") == [(database.SCHEMA,)]
 
 
 async def test_the_database_is_write_ahead_logged_and_minds_foreign_keys(store):
