@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from blockyard_api.errors import BlockyardError, OutOfSpace, Unavailable
 
 SCHEMA = "0005"  # head of `migrations`; a test compares
+MIGRATED_WITHIN = 300.0  # seconds; TimeoutStartSec= of the API's unit is longer
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,19 @@ async def _migrate(engine: AsyncEngine, path: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "blockyard_api.store.migrate", str(path), stderr=asyncio.subprocess.PIPE
     )
-    async with asyncio.timeout(300):
-        _, words = await process.communicate()
+    try:
+        async with asyncio.timeout(MIGRATED_WITHIN):
+            _, words = await process.communicate()
+    except TimeoutError as error:
+        raise MigrationFailed(
+            "migration_slow",
+            f"{path}: was not brought to schema {SCHEMA} within {MIGRATED_WITHIN:.0f} s and is as it was before; "
+            "give the server a faster disk, or time to finish what else it does, and start again.",
+        ) from error
+    finally:
+        if process.returncode is None:  # nor when this start is cancelled: the next one would find it locked
+            process.kill()
+            await process.wait()
     if process.returncode:
         last = words.decode(errors="replace").strip().rpartition("\n")[2]
         raise MigrationFailed("migration_failed", f"{path}: cannot be brought to schema {SCHEMA}: {last}")

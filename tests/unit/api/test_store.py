@@ -82,6 +82,14 @@ def test_a_migration_that_is_cut_off_leaves_the_database_as_it_was_and_succeeds_
     assert rows(visited, "SELECT version_num FROM alembic_version") == [(database.SCHEMA,)]
 
 
+async def test_a_migration_that_takes_too_long_is_ended_and_says_what_to_do(visited, monkeypatch):
+    monkeypatch.setattr(database, "MIGRATED_WITHIN", 0.01)
+    with pytest.raises(database.MigrationFailed, match="as it was before; give the server"):
+        async with database.opened(visited):
+            pass
+    assert rows(visited, "SELECT version_num FROM alembic_version") == [("0004",)]
+
+
 async def test_the_database_is_write_ahead_logged_and_minds_foreign_keys(store):
     async with store.begin() as connection:
         assert await connection.scalar(text("PRAGMA journal_mode")) == "wal"
