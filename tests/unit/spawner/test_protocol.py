@@ -17,7 +17,9 @@ NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True)
 WORKERS = st.from_regex(r"[a-z0-9]{8,32}", fullmatch=True)
 SEQS = st.integers(0, 2**53 - 1)
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=50)
-LIMITS = st.builds(Limits, *[st.none() | st.integers(1, 2**20 - 1)] * 4)
+AMOUNTS = st.none() | st.integers(1, 2**20 - 1)
+CORES = st.none() | st.integers(50, 2**20 - 1)
+LIMITS = st.builds(Limits, memory=AMOUNTS, cpu=CORES, pids=AMOUNTS, tmp=AMOUNTS)
 REQUESTS = st.one_of(
     st.builds(Hello, SEQS, st.integers(0, 100)),
     st.builds(Stop, SEQS, WORKERS, st.integers(0, protocol.MAX_GRACE_MS)),
@@ -97,6 +99,7 @@ def test_a_packet_that_was_cut_is_refused(request, length):
         ({"scratch_copy": 1}, "malformed"),
         ({"limits": {"pids": True}}, "malformed"),
         ({"limits": {"pids": 0}}, "malformed"),
+        ({"limits": {"cpu": 49}}, "malformed"),
         ({"limits": {"pids": 1.0}}, "malformed"),
         ({"limits": {"disk": 1}}, "malformed"),
         ({"limits": []}, "malformed"),
