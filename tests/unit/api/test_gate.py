@@ -490,7 +490,7 @@ async def test_a_worker_that_does_not_answer_holds_its_visitors_other_page_up_fo
     control, two_pages, monkeypatch
 ):
     cookie, old, new = two_pages
-    monkeypatch.setattr(issuer, "_WITHIN", 0.05)
+    monkeypatch.setattr(issuer, "_WITHIN", 0.5)
     control.spawner.tokens = {new.id: (b"b" * 32,)}
     control.spawner.busy = {old.id}
     answer = await control.ask(f"/app/plain/session/{'b' * 32}/download/x", cookie)
@@ -499,7 +499,7 @@ async def test_a_worker_that_does_not_answer_holds_its_visitors_other_page_up_fo
 
 async def test_a_page_whose_worker_computes_is_not_taken_for_another_ones(control, two_pages, monkeypatch):
     cookie, old, _ = two_pages
-    monkeypatch.setattr(issuer, "_WITHIN", 0.05)
+    monkeypatch.setattr(issuer, "_WITHIN", 0.5)
     control.spawner.tokens = {old.id: (b"a" * 32,)}
     control.spawner.busy = {old.id}
     answer = await control.ask(f"/app/plain/session/{'a' * 32}/upload/x", cookie, method=b"POST")
