@@ -208,7 +208,7 @@ def test_without_a_spawner_the_link_is_an_error_and_nothing_that_needs_a_worker_
 def test_a_spawner_that_obeys_somebody_else_is_an_error(checked):
     pair = checked()
     pair.kill("spawner", signal.SIGTERM)
-    edit(pair, 'process.api_user = "nobody"')
+    edit(pair, 'process.api_user = "daemon"')
     pair.start_spawner()
     pair.spawner_socket.chmod(0o666)
     says(found(pair, "spawner_link"), "error", "does not obey", "process.api_user")
