@@ -12,7 +12,12 @@ ALONE = {
         "test_35_told.py::test_a_full_",
         "test_35_told.py::test_no_secret_",
         "test_35_told.py::test_the_workers_",
-        "test_4_operating.py",
+        "test_4_operating.py::test_a_backup_",
+        "test_4_operating.py::test_a_forgotten_",
+        "test_4_operating.py::test_a_visitor_",
+        "test_4_operating.py::test_logs_",
+        "test_4_operating.py::test_no_connection_",
+        "test_4_operating.py::test_the_emergency_",
         "test_6_checks.py",
         "test_6_filter.py",
         "test_7_firewall.py::test_an_app_without_a_network_",
@@ -25,6 +30,7 @@ ALONE = {
         "test_2_survival.py::test_a_killed_spawner_",
         "test_2_survival.py::test_after_a_restart_of_the_api_",
         "test_35_told.py::test_the_whole_tree_",
+        "test_4_operating.py::test_a_worker_outlives_",
         "test_7_firewall.py::test_in_the_forms_of_nft_",
         "test_7_firewall.py::test_nft_rules_",
         "test_7_firewall.py::test_rules_that_cannot_be_made_",
@@ -32,7 +38,9 @@ ALONE = {
         "test_8_apparmor.py::test_what_a_profile_",
         "test_8_docker_units.py",
         "test_8_harden.py",
-        "test_hostile_",  # all of these run on the host, too, which may be a Debian 12
+        "test_hostile_ends.py::test_a_swarm_",  # these three run on the host, too, which may be a Debian 12
+        "test_hostile_ends.py::test_files_without_end_",
+        "test_hostile_ends.py::test_of_a_swarm_",
     ),
 }
 # Hostile programs that only the host runs: those that meet the relay and the unpacker, or stand where the API connects
