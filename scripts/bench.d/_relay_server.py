@@ -8,7 +8,7 @@ from collections.abc import Callable
 import uvloop
 
 from blockyard_api.relay.gate import Forward, Reply, RequestHead
-from blockyard_api.relay.server import Relay
+from blockyard_api.relay.server import Relay, RelayLimits
 
 
 class Backend:
@@ -55,7 +55,8 @@ class Open:
 
 async def serve(port: int, backend: str) -> None:
     """Run until the process is ended."""
-    relay = Relay(Open(Backend(backend)))
+    # the load is one address: those of the round before may still be closing
+    relay = Relay(Open(Backend(backend)), limits=RelayLimits(worker_websockets_per_address=1_000))
     sock = socket.create_server(("127.0.0.1", port), backlog=1024)
     sock.setblocking(False)
     await relay.listen(sock)
