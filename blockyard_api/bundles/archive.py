@@ -9,6 +9,7 @@ from pathlib import Path
 
 from blockyard_api.bundles.removal import discard, remove
 from blockyard_api.bundles.unpack import ENTRY_POINTS, BundleInfo, BundleRefused, Unpacked, storage_failure
+from blockyard_api.host import child
 
 __all__ = ["BundleInfo", "BundleRefused", "unpack"]
 
@@ -65,18 +66,14 @@ def _make_durable(directory: Path) -> None:
 async def _run(archive: Path, staging: Path) -> Unpacked:
     argv = [sys.executable, "-I", "-m", "blockyard_api.bundles.unpack", str(archive), str(staging)]
     with tempfile.TemporaryFile() as output:  # not a pipe: the program's limit on files holds for it, too
-        process = await asyncio.create_subprocess_exec(
+        async with child.running(
             *argv, stdin=asyncio.subprocess.DEVNULL, stdout=output, env={"LANG": "C.UTF-8"}, start_new_session=True
-        )
-        try:
-            async with asyncio.timeout(TIME_LIMIT):
-                status = await process.wait()
-        except TimeoutError as error:
-            raise BundleRefused(*TOO_COMPLEX) from error
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+        ) as process:
+            try:
+                async with asyncio.timeout(TIME_LIMIT):
+                    status = await process.wait()
+            except TimeoutError as error:
+                raise BundleRefused(*TOO_COMPLEX) from error
         output.seek(0)
         text = output.read(MAX_VERDICT)
     if status < 0:  # killed by one of its limits, or by the kernel for want of memory

@@ -110,7 +110,7 @@ def reach_nobody() -> None:
 
     Raises KeyError on an architecture that Blockyard does not know.
     """
-    bpf.load(b"".join(bpf.INSTRUCTION.pack(*each) for each in instructions(bpf.native())))
+    bpf.load(bpf.packed(instructions(bpf.native())))
 
 
 def instructions(architecture: str) -> list[tuple[int, int, int, int]]:

@@ -11,10 +11,11 @@ from blockyard_api.backends.spawner import SpawnerRefused, SpawnerUnreachable
 from blockyard_api.checks.context import UNUSED, Context, Outcome, Seen
 from blockyard_api.checks.probe import ProbeFailed
 from blockyard_api.checks.result import Result, error, info, ok, together, warning
-from blockyard_api.host import container
+from blockyard_api.hardening import bpf
+from blockyard_api.host import child, container
 
 _FILTERED = ("SECCOMP", "seccomp")
-_INSTRUCTION = 8  # bytes: struct sock_filter
+_INSTRUCTION = bpf.INSTRUCTION.size
 _MOST_INSTRUCTIONS = 4096  # BPF_MAXINSNS
 
 
@@ -77,19 +78,14 @@ def _privileged(path: Path) -> bool:
 
 
 async def _output(*argv: str) -> str:
-    process = await asyncio.create_subprocess_exec(
+    async with child.running(
         *argv,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         env={"LANG": "C.UTF-8"},
-    )
-    try:
+    ) as process:
         output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
     return output.decode("utf-8", "replace")
 
 

@@ -60,7 +60,7 @@ def install(
         output.content(program)
         return
     changed = _written(target, program)
-    told = f"{target}: {len(program) // 8} instructions for {chosen}{', tried out' if tried else ''}"
+    told = f"{target}: {len(program) // bpf.INSTRUCTION.size} instructions for {chosen}{', tried out' if tried else ''}"
     words = "restart blockyard-spawner to use it"
     if target != TARGET:
         words = "for the spawner to use it, name it as process.seccomp_profile and restart blockyard-spawner"

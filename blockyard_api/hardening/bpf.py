@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import struct
+from collections.abc import Iterable
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_…, by which kernel and libseccomp call one
 INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter
@@ -16,6 +17,11 @@ _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 def native() -> str:
     """Name this machine's architecture, as the kernel does."""
     return platform.machine()
+
+
+def packed(instructions: Iterable[tuple[int, int, int, int]]) -> bytes:
+    """Return instructions as the kernel takes them."""
+    return b"".join(INSTRUCTION.pack(*instruction) for instruction in instructions)
 
 
 def load(program: bytes) -> None:

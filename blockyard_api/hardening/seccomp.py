@@ -180,15 +180,13 @@ def _going_on(program: bytes) -> bytes:
     for at, instruction in enumerate(instructions):
         if instruction == (bpf.RETURN, 0, 0, bpf.ALLOW):
             instructions[at] = (bpf.JUMP, 0, 0, len(instructions) - at - 1)
-    return b"".join(bpf.INSTRUCTION.pack(*instruction) for instruction in instructions)
+    return bpf.packed(instructions)
 
 
 def _too_new(newest: int) -> bytes:
     """Answer ENOSYS to numbers above `newest`, and go on behind with all others."""
     load_number, at_most = (bpf.LOAD, 0, 0, 0), (bpf.JUMP_IF_GREATER, 0, 1, newest)
-    return b"".join(
-        bpf.INSTRUCTION.pack(*each) for each in (load_number, at_most, (bpf.RETURN, 0, 0, _answer("ENOSYS")))
-    )
+    return bpf.packed((load_number, at_most, (bpf.RETURN, 0, 0, _answer("ENOSYS"))))
 
 
 class _Filter:

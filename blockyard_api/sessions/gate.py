@@ -149,16 +149,15 @@ class AppGate:
 
     async def _to_issuer(self, visit: "_Visit", session: Session, token: bytes) -> Verdict:
         """Pass on an upload or a download: it belongs to the worker whose page it comes from, an older one perhaps."""
-        pages = [worker for worker in session.workers if session.open_on(worker)]
         worker = session.issuers.known(token)
         try:
-            if worker is None and len(pages) > 1:
+            if worker is None and len(pages := session.pages) > 1:
                 worker = await session.issuers.ask(token, pages)
             visit = self._again(visit)
         except BlockyardError as error:
             return _refusal(visit.head, error)
         if worker is None or worker not in session.workers:  # his last page there was closed: no slot is his any more
-            worker = next((worker for worker in session.workers if session.open_on(worker)), session.worker)
+            worker = next(iter(session.pages), session.worker)
         if not session.over and self._serves(worker, session, visit):
             return self._forward(visit, worker, session, ())
         return await self._enter(visit, session)

@@ -66,6 +66,11 @@ class Session:
         return [self.worker, *reversed(self.earlier)]
 
     @property
+    def pages(self) -> list[Worker]:
+        """Those of them on which a page of his is open."""
+        return [worker for worker in self.workers if self.open_on(worker)]
+
+    @property
     def busy(self) -> bool:
         """Whether a request other than a WebSocket is under way."""
         return self.requests > len(self.sockets)

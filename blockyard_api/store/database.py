@@ -14,6 +14,7 @@ from sqlalchemy.exc import TimeoutError as NoConnection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from blockyard_api.errors import BlockyardError, OutOfSpace, Unavailable
+from blockyard_api.host import child
 
 SCHEMA = "0005"  # head of `migrations`; a test compares
 MIGRATED_WITHIN = 300.0  # seconds; TimeoutStartSec= of the API's unit is longer
@@ -91,22 +92,18 @@ async def _migrate(engine: AsyncEngine, path: Path) -> None:
         if known and await connection.scalar(text("SELECT version_num FROM alembic_version")) == SCHEMA:
             return
     # in a process of its own: Alembic and Mako would stay in this one's memory for good (9 MB)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "blockyard_api.store.migrate", str(path), stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        async with asyncio.timeout(MIGRATED_WITHIN):
-            _, words = await process.communicate()
-    except TimeoutError as error:
-        raise MigrationFailed(
-            "migration_slow",
-            f"{path}: was not brought to schema {SCHEMA} within {MIGRATED_WITHIN:.0f} s and is as it was before; "
-            "give the server a faster disk, or time to finish what else it does, and start again.",
-        ) from error
-    finally:
-        if process.returncode is None:  # nor when this start is cancelled: the next one would find it locked
-            process.kill()
-            await process.wait()
+    argv = (sys.executable, "-m", "blockyard_api.store.migrate", str(path))
+    # killed, too, when this start is cancelled: the next one would find the database locked
+    async with child.running(*argv, stderr=asyncio.subprocess.PIPE) as process:
+        try:
+            async with asyncio.timeout(MIGRATED_WITHIN):
+                _, words = await process.communicate()
+        except TimeoutError as error:
+            raise MigrationFailed(
+                "migration_slow",
+                f"{path}: was not brought to schema {SCHEMA} within {MIGRATED_WITHIN:.0f} s and is as it was before; "
+                "give the server a faster disk, or time to finish what else it does, and start again.",
+            ) from error
     if process.returncode:
         last = words.decode(errors="replace").strip().rpartition("\n")[2]
         raise MigrationFailed("migration_failed", f"{path}: cannot be brought to schema {SCHEMA}: {last}")

@@ -299,7 +299,6 @@ class Fleet:
             raise Unavailable("server_full", "The server runs as many workers as it may; try again later.", 5)
         if not self._room(app):
             raise Unavailable("app_full", "All places of this app are taken; it is tried again by itself.", 5)
-        loop = asyncio.get_running_loop()
         worker = Worker(
             secrets.token_hex(16),
             app.id,
@@ -309,9 +308,6 @@ class Fleet:
             app.max_sessions_per_worker,
             self._memory_limit(app),
             Limits(self._settings.process),
-            loop.create_future(),
-            loop.create_future(),
-            started_at=time.time(),
         )
         self._enrol(worker)
         self._start(self._live(worker, app, None))
@@ -433,7 +429,6 @@ class Fleet:
             return False
         if pidfd is None:
             return False
-        loop = asyncio.get_running_loop()
         worker = Worker(
             row.id,
             row.app_id,
@@ -443,8 +438,6 @@ class Fleet:
             app.max_sessions_per_worker,
             self._memory_limit(app),
             Limits(self._settings.process),
-            loop.create_future(),
-            loop.create_future(),
             started_at=row.started_at,
         )
         if row.status in (State.ACTIVE, State.DRAINING):

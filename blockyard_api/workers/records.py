@@ -27,7 +27,7 @@ class Records:
         self._database = database
 
     async def write(self, worker: Worker) -> None:
-        """Write a worker down as it is now; without the database its visitors are served all the same."""
+        """Write a worker down as it is now; without the database only a restart would not find it."""
         row = {
             "app_id": worker.app_id,
             "bundle_id": worker.bundle_id,
@@ -41,7 +41,6 @@ class Records:
             "end_reason": worker.end_reason,
         }
         statement = insert(table).values(id=worker.id, **row).on_conflict_do_update(index_elements=["id"], set_=row)
-        # Visitors are served; only a restart would not find it.
         with dispensable(log, f"worker {worker.id} is not recorded"):
             async with self._database.begin() as connection:
                 await connection.execute(statement)

@@ -4,6 +4,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from blockyard_api.backends.worker_socket import WorkerSocket
 from blockyard_api.errors import Unavailable
@@ -19,6 +20,10 @@ class StartFailed(Unavailable):
     """A worker did not come to serve; the message is fit for a visitor."""
 
 
+def _future() -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().create_future()
+
+
 @dataclass(eq=False, slots=True)
 class Worker:
     """A worker as the API knows it. `ready` and `over` are settled exactly once."""
@@ -31,8 +36,9 @@ class Worker:
     capacity: int
     memory_limit: int | None
     limits: Limits
-    ready: asyncio.Future[None]
-    over: asyncio.Future[str]  # why it is to end: "exited", or the sentence of whoever wished it
+    ready: asyncio.Future[None] = field(default_factory=_future)
+    # Why it is to end: "exited", or the sentence of whoever wished it.
+    over: asyncio.Future[str] = field(default_factory=_future)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     state: State = State.STARTING
     started_at: float = field(default_factory=time.time)
