@@ -14,6 +14,7 @@ import msgpack
 VERSION = 1
 MAX_PACKET = 65536
 MAX_GRACE_MS = 60_000
+LEAST_CPU = 50  # thousandths of a core: with less, a start takes seconds, for which the spawner's loop waits
 PAGE = 100  # workers in one `list` reply: at under 400 bytes each they stay below MAX_PACKET
 
 # A type and the rule that a value must meet: a pattern for all of a text, a range for a number or for a length.
@@ -37,7 +38,7 @@ class Limits:
     """What one worker may use; None leaves the choice to root's configuration."""
 
     memory: Amount | None = None  # bytes
-    cpu: Annotated[int, range(50, 2**64)] | None = None  # thousandths of a core; with few, the fork holds the loop up
+    cpu: Annotated[int, range(LEAST_CPU, 2**64)] | None = None  # thousandths of a core
     pids: Amount | None = None
     tmp: Amount | None = None  # bytes of /tmp
 
@@ -139,5 +140,4 @@ def decode(packet: bytes) -> Request:
 
 def reply(**message: object) -> bytes:
     """Pack one message; replies are ``seq`` with either ``ok`` (a map) or ``error`` (``code``, ``message``)."""
-    packed: bytes = msgpack.packb(message)
-    return packed
+    return bytes(msgpack.packb(message))

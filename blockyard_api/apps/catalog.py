@@ -15,9 +15,9 @@ from blockyard_api.errors import BadRequest, Conflict, NotFound, Unavailable
 from blockyard_api.identity.tokens import Principal
 from blockyard_api.store.database import Database
 from blockyard_api.store.tables import access, aliases, apps
-from blockyard_spawner import config
+from blockyard_spawner import config, protocol
 
-LEAST_CPU = 0.05  # cores; with less, a start would take seconds, and the spawner would wait for it
+LEAST_CPU = protocol.LEAST_CPU / 1000  # cores
 ACCESS_TYPES = ("public", "logged_in", "acl")
 _MOST_MEMORY = 1 << 50  # bytes; what the spawner's protocol can say
 

@@ -1,8 +1,10 @@
 """Root's configuration file: every mistake is one sentence that names file, key and remedy."""
 
+import re
+
 import pytest
 
-from blockyard_spawner import config
+from blockyard_spawner import config, protocol
 from blockyard_spawner.config import KEYS, ConfigError, DataMount, Key
 
 PARSERS = [
@@ -125,3 +127,9 @@ def test_a_misspelled_variable_of_process_is_named():
 def test_a_key_may_be_added_by_the_api(file):
     keys = {**KEYS, "proxy.max_workers": Key(config.integer(1, 10), 3)}
     assert config.load(file("[proxy]\nmax_workers = 5"), {}, keys)["proxy.max_workers"] == 5
+
+
+def test_the_least_cpu_is_the_same_in_the_configuration_and_on_the_wire():
+    assert config.cpu(protocol.LEAST_CPU / 1000) == protocol.LEAST_CPU
+    with pytest.raises(ValueError, match=re.escape(f"at least {protocol.LEAST_CPU / 1000}")):
+        config.cpu((protocol.LEAST_CPU - 1) / 1000)
