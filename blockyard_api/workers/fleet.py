@@ -308,6 +308,7 @@ class Fleet:
             app.max_sessions_per_worker,
             self._memory_limit(app),
             Limits(self._settings.process),
+            time.time(),
         )
         self._enrol(worker)
         self._start(self._live(worker, app, None))
@@ -438,7 +439,7 @@ class Fleet:
             app.max_sessions_per_worker,
             self._memory_limit(app),
             Limits(self._settings.process),
-            started_at=row.started_at,
+            row.started_at,
         )
         if row.status in (State.ACTIVE, State.DRAINING):
             worker.state = State(row.status)

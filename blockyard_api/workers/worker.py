@@ -36,12 +36,12 @@ class Worker:
     capacity: int
     memory_limit: int | None
     limits: Limits
+    started_at: float  # epoch
     ready: asyncio.Future[None] = field(default_factory=_future)
     # Why it is to end: "exited", or the sentence of whoever wished it.
     over: asyncio.Future[str] = field(default_factory=_future)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     state: State = State.STARTING
-    started_at: float = field(default_factory=time.time)
     ended_at: float | None = None
     end_reason: str | None = None  # for the owner
     sentence: str = "is gone"  # the same, without what tells of the server

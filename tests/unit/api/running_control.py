@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import inspect
+import itertools
 import secrets
 import shutil
 import tempfile
@@ -21,13 +22,21 @@ ORIGIN = b"http://127.0.0.1:8081"
 
 
 class Clock:
-    """Real time, and what a test has let pass besides."""
+    """The daemon's time passes as a test lets it, so that a machine that stalls changes no outcome.
+
+    The event loop's own timers also have real time: what is under way in this very process waits for that.
+    """
 
     def __init__(self, monkeypatch):
         self._ahead = 0.0
-        monotonic, epoch = time.monotonic, time.time
-        monkeypatch.setattr(time, "monotonic", lambda: monotonic() + self._ahead)
-        monkeypatch.setattr(time, "time", lambda: epoch() + self._ahead)
+        real, ticks = time.monotonic, itertools.count()
+        for name in ("monotonic", "time"):
+            monkeypatch.setattr(time, name, self._standing(getattr(time, name)(), ticks))
+        monkeypatch.setattr(asyncio.BaseEventLoop, "time", lambda loop: real() + self._ahead)
+
+    def _standing(self, since, ticks):
+        # a microsecond a look: of two things in a row, the later one is the newer
+        return lambda: since + self._ahead + next(ticks) / 1e6
 
     async def advance(self, seconds):
         """Let time pass, and what is due then happen."""
