@@ -147,8 +147,10 @@ async def test_a_refusal_is_told_in_the_spawners_words_and_leaves_no_worker(cont
 async def test_a_visitor_is_told_of_an_end_once_it_is_written_down_for_the_owner(control):
     await control.app()
     control.spawner.refuse = ("no_free_uid", "All uids are in use.")
-    with contextlib.closing(sqlite3.connect(control.state / "blockyard.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")  # nobody else can write until
+    database = control.state / "blockyard.db"
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None, check_same_thread=False)) as other:
+        # in a thread: the daemon, which may be writing itself, ends that in this loop. Nobody else can write until
+        await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")
         asyncio.get_running_loop().call_later(0.3, other.execute, "ROLLBACK")
         await refused(control)
         assert other.execute("SELECT status FROM workers").fetchall() == [("ended",)]
