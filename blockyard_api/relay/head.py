@@ -5,6 +5,7 @@ same framing.
 """
 
 import functools
+import json
 import re
 from collections.abc import Iterable, Mapping
 from email.utils import formatdate
@@ -430,10 +431,11 @@ def reply(answer: Reply, *, close: bool, body: bool) -> bytes:
 
 
 def refusal(status: int, why: str, *headers: Header) -> Reply:
-    """Word a refusal that the relay gives by itself."""
-    phrase = HTTPStatus(status).phrase
+    """Word a refusal that the relay gives by itself, in the contract's shape; its code is the status' name."""
+    code = HTTPStatus(status).name.lower() if status != HTTPStatus.INTERNAL_SERVER_ERROR else "internal_error"
+    body = {"error": code, "message": why}
     return Reply(
         status,
-        ((b"Content-Type", b"text/plain; charset=utf-8"), (b"Cache-Control", b"no-store"), *headers),
-        f"{status} {phrase}: {why}\n".encode(),
+        ((b"Content-Type", b"application/json"), (b"Cache-Control", b"no-store"), *headers),
+        json.dumps(body).encode(),
     )

@@ -1,5 +1,7 @@
 """Requests that are refused: whatever two parsers could read in two ways never reaches a worker."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,6 +120,11 @@ async def test_an_ambiguous_request_is_answered_400_and_the_connection_closed(st
     answer = await client.answer()
     assert answer.status == 400
     assert answer.values("connection") == ["close"]
+    assert answer.values("content-type") == ["application/json"]
+    told = json.loads(answer.body)
+    assert told.pop("error") == "bad_request"
+    assert told.pop("message").endswith(".")
+    assert told == {}
     assert await client.rest() == b""
     assert stage.worker.turns == []
     assert stage.gate.heads == []
@@ -128,7 +135,9 @@ async def test_what_is_not_served_is_refused_and_the_connection_closed(stage, na
     request, status = OTHERWISE[name]
     client = await stage.client()
     await client.send(request + SMUGGLED)
-    assert (await client.answer()).status == status
+    answer = await client.answer()
+    assert answer.status == status
+    assert json.loads(answer.body).keys() == {"error", "message"}
     assert await client.rest() == b""
     assert stage.worker.turns == []
 
