@@ -30,7 +30,9 @@ from blockyard_api.workers.life import State
 from blockyard_api.workers.worker import Worker
 
 PAGE_WINDOW = 15.0  # seconds between a page and its WebSocket: a crawler holds a slot no longer
-_BURST, _PER_SECOND = 30, 3.0  # new sessions of one client address; assets and known visitors are not counted
+# New sessions of one client address, at once at least; as many as it may have open if that is more. Assets and known
+# visitors are not counted.
+_BURST, _PER_SECOND = 30, 3.0
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +160,7 @@ class Sessions:
         self._database = database
         self._sessions: dict[str, Session] = {}
         self._awaited: set[str] = set()  # of an earlier run, whose workers' backend has not told yet whether they live
-        self._allowed = Allowance(_BURST, _PER_SECOND)
+        self._allowed = Allowance(max(_BURST, settings.max_sessions_per_visitor), _PER_SECOND)
 
     def find(self, cookie: str, app: App, principal: Principal | None) -> Session | None:
         """Return the visitor's session, if the cookie is one, of this app, this user and token, and not too old."""

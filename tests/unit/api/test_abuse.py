@@ -65,6 +65,13 @@ async def test_cookies_that_are_saved_up_hold_no_more_places_at_once(start, cloc
     assert sum(len(worker.slots) for worker in control.fleet.all()) == 5
 
 
+async def test_a_class_behind_one_address_opens_its_pages_at_once_if_it_may_have_so_many(start):
+    control = await start("proxy.max_sessions_per_visitor = 200")
+    await control.app(max_sessions_per_worker=100)
+    answers = [(await control.ask("/app/plain/", client=GREEDY)).end() for _ in range(250)]
+    assert [answer.forwarded for answer in answers] == [True] * 200 + [False] * 50
+
+
 async def test_the_addresses_of_one_ipv6_network_share_their_places(start):
     control = await start(FEW)
     await control.app()

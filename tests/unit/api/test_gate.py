@@ -203,15 +203,15 @@ async def test_only_some_cookies_of_one_request_are_looked_up(control):
 
 async def test_an_address_that_begins_too_many_sessions_is_slowed_down_and_others_are_not(control):
     await control.app(max_sessions_per_worker=100)
-    statuses = [(await control.ask("/app/plain/", client="203.0.113.1")).end().status for _ in range(40)]
-    assert statuses[:30] == [None] * 30
+    statuses = [(await control.ask("/app/plain/", client="203.0.113.1")).end().status for _ in range(60)]
+    assert statuses[:40] == [None] * 40
     assert 429 in statuses
     assert (await control.ask("/app/plain/", client="203.0.113.2")).end().forwarded
 
 
 async def test_the_addresses_of_one_ipv6_network_count_as_one(control):
     await control.app(max_sessions_per_worker=100)
-    statuses = [(await control.ask("/app/plain/", client=f"2001:db8::{n:x}")).end().status for n in range(40)]
+    statuses = [(await control.ask("/app/plain/", client=f"2001:db8::{n:x}")).end().status for n in range(60)]
     assert 429 in statuses
     assert (await control.ask("/app/plain/", client="2001:db8:0:1::1")).end().forwarded
 
