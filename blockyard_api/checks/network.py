@@ -65,15 +65,19 @@ def redis(settings: Settings) -> Target:
 
 
 def targets(context: Context, listeners: Iterable[tuple[str, int]], abstract: str) -> tuple[list[Target], int]:
-    """Return what a worker is to try, each address once, and how many listening ports were too many."""
+    """Return what a worker is to try, each address once, and how many listening ports were too many.
+
+    What listens at every address is tried, too: a firewall before this host keeps the world from it, and no worker.
+    """
     named = [*METADATA, *services(context.settings)]
     for words, (host, port) in zip(("the API", "the relay"), context.listening, strict=False):
         named.append(Target(words, Endpoint(_reachable_at(host), port)))
     named.append(Target("the spawner", Endpoint(path=context.settings.process.spawner_socket)))
     named.append(Target("an abstract socket", Endpoint(), abstract=abstract))
     resolvers = _resolvers()
-    at_loopback = [each for each in listeners if ip_address(each[0]).is_loopback]
-    others = [Target("a listener", Endpoint(*each)) for each in at_loopback if each not in resolvers]
+    near_first = sorted(listeners, key=lambda each: not ip_address(each[0]).is_loopback)
+    reachable = [(_reachable_at(host), port) for host, port in near_first]
+    others = [Target("a listener", Endpoint(*each)) for each in reachable if each not in resolvers]
     once = {(target.at, target.abstract): target for target in (*reversed(others[:_MOST_LISTENERS]), *reversed(named))}
     return [*reversed(once.values())], max(0, len(others) - _MOST_LISTENERS)
 
