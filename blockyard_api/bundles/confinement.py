@@ -138,17 +138,23 @@ def instructions(architecture: str) -> list[tuple[int, int, int, int]]:
 def stay_below(directory: int) -> bool:
     """Let this process open and make files below a directory alone; returns whether the kernel can.
 
-    What is open stays open. Needs no_new_privs. Raises OSError.
+    What is open stays open. Needs no_new_privs. Raises OSError, also where a filter keeps it from what the kernel can.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if (version := libc.syscall(_CREATE_RULESET, None, 0, _VERSION)) < _REFER_SINCE:
-        return False
 
     def call(number: int, *arguments: object) -> int:
         if (result := int(libc.syscall(number, *arguments))) < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            raise OSError(ctypes.get_errno(), f"Landlock: {os.strerror(ctypes.get_errno())}")
         return result
 
+    try:
+        version = call(_CREATE_RULESET, None, 0, _VERSION)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):  # not built in, or switched off at boot
+            raise
+        return False
+    if version < _REFER_SINCE:
+        return False
     files = (1 << _FILES.get(version, max(_FILES.values()))) - 1
     tcp, scope = _TCP * (version >= _TCP_SINCE), _SCOPE * (version >= _SCOPE_SINCE)
     handled = struct.pack("QQQ", files, tcp, scope)[: 24 if scope else 16 if tcp else 8]

@@ -82,6 +82,19 @@ REACHED += ("choose a pipe's signal", "let a pipe signal another", "let a pipe s
 REACHED += ("let a socket signal another",)
 CHANGED = ("change a mode outside", "change an owner outside", "change times outside", "change attributes outside")
 CHANGED += ("open outside neither to read nor to write", "truncate outside")
+WITHHELD = """
+import errno, os, sys
+import prctl
+from blockyard_api.bundles.confinement import stay_below
+from blockyard_api.hardening import bpf
+
+prctl.set_no_new_privs(1)
+bpf.load(sys.stdin.buffer.read())
+try:
+    print(stay_below(os.open(sys.argv[1], os.O_DIRECTORY)), end="")
+except OSError as error:
+    print(errno.errorcode[error.errno], end="")
+"""
 INSIDE = ("make a directory", "make a file", "change its mode", "link it", "make a symbolic link")
 
 EPERM = bpf.ERRNO | errno.EPERM
@@ -147,6 +160,15 @@ def test_without_it_all_of_that_is_possible(tmp_path):
     assert told.pop("run") == "ENOENT"
     assert {name for name, how in told.items() if how != "done"} == {"can", "an open file"}
     assert ended_by == signal.SIGKILL
+
+
+@pytest.mark.parametrize(("answer", "told"), [("ENOSYS", "False"), ("EOPNOTSUPP", "False"), ("EPERM", "EPERM")])
+def test_a_kernel_may_lack_landlock_but_nobody_may_withhold_it(tmp_path, answer, told):
+    number, errno_ = confinement._CREATE_RULESET, getattr(errno, answer)
+    refusing = [(bpf.LOAD, 0, 0, 0), (bpf.JUMP_IF_EQUAL, 0, 1, number), (bpf.RETURN, 0, 0, bpf.ERRNO | errno_)]
+    program = bpf.packed([*refusing, (bpf.RETURN, 0, 0, bpf.ALLOW)])
+    argv = [sys.executable, "-c", WITHHELD, tmp_path]
+    assert subprocess.run(argv, check=True, input=program, stdout=subprocess.PIPE, timeout=30).stdout.decode() == told
 
 
 def resolved(call, architecture):
