@@ -79,8 +79,8 @@ class Report:
     inner_uid: int
     inner_gid: int
     inner_pid: int
-    filtered: bool  # whether system calls are filtered at all
-    keyring: str  # the error's name when it asked for a keyring, which our own filter denies; "" if it was allowed
+    filtered: bool  # whether system calls are filtered at all, be it by the spawner's unit
+    typing: str  # the error's name when it typed into a terminal, which our own filter alone answers with EPERM
     landlock: int  # the ABI's version; 0: the kernel has none
     controllers: tuple[str, ...]  # the spawner's word: what it can limit
     sights: dict[Target, Sight] = field(default_factory=dict)
@@ -177,7 +177,7 @@ class Prober:
             inner_gid=int(began["gid"]),
             inner_pid=int(began["pid"]),
             filtered=int(began["seccomp"]) == 2,
-            keyring=str(began["keyring"]),
+            typing=str(began["typing"]),
             landlock=int(began["landlock"]),
             controllers=identity.controllers,
             sights=sights,

@@ -254,7 +254,7 @@ def _in_force(name: str, path: str, instructions: int, worker: Outcome, install:
     restart = "Restart blockyard-spawner: it reads the filter when it starts."
     if not worker.filtered:
         return error(name, f"A worker runs without a filter, although {path} is configured.", restart)
-    if worker.keyring not in ("EPERM", "ENOSYS"):
-        fact = f"A worker got a kernel keyring, which our own filter denies: {path} is another, or not in force."
+    if worker.typing != "EPERM":
+        fact = f"A worker may type into terminals, which our own filter denies: {path} is another, or not in force."
         return warning(name, fact, restart)
     return ok(name, f"A worker runs under {path} ({instructions} instructions).")

@@ -13,7 +13,7 @@ from websockets.sync.client import unix_connect
 HERE = Path(__file__).parent
 SHINY_EXAMPLES = Path("/usr/lib/R/site-library/shiny/examples")
 NEWUSER, NEWNS = 0x10000000, 0x00020000
-VSOCK, PACKET, ALG, KEY, NETLINK, INET, UNIX = 40, 17, 38, 15, 16, 2, 1
+VSOCK, PACKET, ALG, KEY, NETLINK, INET, INET6, UNIX = 40, 17, 38, 15, 16, 2, 10, 1
 STREAM, DGRAM, RAW, CLOEXEC = 1, 2, 3, 0o2000000
 
 # What is tried → the call, its arguments, its answer under the filter, its answer without (None: the kernel's matter).
@@ -50,6 +50,11 @@ TRIED = {
     "socket, netlink audit": ("socket", [NETLINK, RAW, 9], "EPERM", None),
     "socket, netlink kobject": ("socket", [NETLINK, RAW, 15], "EPERM", "done"),
     "socket, netlink route": ("socket", [NETLINK, RAW | CLOEXEC, 0], "done", "done"),
+    "socket, ping": ("socket", [INET, DGRAM, 1], "EPERM", None),
+    "socket, mptcp": ("socket", [INET, STREAM, 262], "EPERM", None),
+    "socket, sctp": ("socket", [INET, STREAM, 132], "EPERM", None),
+    "socket, udp-lite": ("socket", [INET6, DGRAM | CLOEXEC, 136], "EPERM", None),
+    "socket, udp": ("socket", [INET6, DGRAM | CLOEXEC, 17], "done", "done"),
     "socket, tcp": ("socket", [INET, STREAM | CLOEXEC, 6], "done", "done"),
     "socket, unix": ("socket", [UNIX, DGRAM, 0], "done", "done"),
     "a call that no kernel has": (999, [], "ENOSYS", "ENOSYS"),

@@ -26,7 +26,7 @@ def report(**changed):
     sights = {METADATA[0]: REFUSED, SPAWNER: Sight(False, "ENOENT", ""), ABSTRACT: REFUSED, REDIS: REFUSED}
     sound = Report(
         uid=60007, cgroup="/workers/x", peer=Peer(4711, 60007, 60000), inner_uid=60007, inner_gid=60000, inner_pid=2,
-        filtered=True, keyring="EPERM", landlock=7, controllers=("cpu", "memory", "pids"),
+        filtered=True, typing="EPERM", landlock=7, controllers=("cpu", "memory", "pids"),
         sights=sights | changed.pop("sights", {}),
     )  # fmt: skip
     return replace(sound, **changed)

@@ -18,7 +18,7 @@ from blockyard_api.checks.result import Severity
 from blockyard_api.settings import Endpoint
 
 TARGETS = [Target("one", Endpoint("127.0.0.1", 1)), Target("two", Endpoint(path="/two"), ping=True)]
-BEGAN = {"uid": 7, "gid": 8, "pid": 9, "seccomp": 2, "seccomp_filters": 1, "landlock": 3, "keyring": "EPERM"}
+BEGAN = {"uid": 7, "gid": 8, "pid": 9, "seccomp": 2, "landlock": 3, "typing": "EPERM"}
 
 
 def began(env):

@@ -1,12 +1,14 @@
 """The units' own walls: a program in the place of each daemon tries what the daemon never does."""
 
+import ctypes
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import CHECKOUT
-from machine import DAEMONS, WORKERS, active, r_process, run, systemctl, unit
+from machine import DAEMONS, WORKERS, active, checks, r_process, run, systemctl, unit
 from running_pair import simple_app
 
 # What a process tries, each with what it is told: "done", or the name of the error.
@@ -42,6 +44,7 @@ print(json.dumps({
     "uid": os.geteuid(),
     "io_uring": call(425, 0, None),
     "add_key": call(248, b"user", b"name", b"x", 1, -3),
+    "landlock": call(444, None, 0, 1),
     "bind": attempt(bind),
     "inet": attempt(socket.socket),
     "packet": attempt(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW)),
@@ -110,7 +113,7 @@ def test_the_apis_unit_leaves_it_its_unix_sockets(in_place_of):
     tried = in_place_of("blockyard-api.service")
     assert tried.pop("uid") > 0
     assert tried.pop("boot") == "done"  # as everybody
-    assert tried.pop("unix") == "done"
+    assert tried.pop("unix") == tried.pop("landlock") == "done"
     assert tried.pop("core") == "0"
     assert tried["io_uring"] == tried["add_key"] == "EPERM"
     assert {key for key, told in tried.items() if told == "done"} == set(), tried
@@ -120,7 +123,7 @@ def test_the_spawners_unit_leaves_it_what_its_children_need(in_place_of):
     tried = in_place_of("blockyard-spawner.service")
     assert tried.pop("uid") == 0
     assert tried.pop("core") == "0"
-    for needed in ("unix", "inet", "user namespace"):
+    for needed in ("unix", "inet", "user namespace", "landlock"):
         assert tried.pop(needed) == "done", needed
     assert tried["io_uring"] == tried["add_key"] == "EPERM"
     if "-BPF_FRAMEWORK" in run("systemctl", "--version").stdout:  # Debian 12's
@@ -129,6 +132,35 @@ def test_the_spawners_unit_leaves_it_what_its_children_need(in_place_of):
         assert tried["bind"] == "EPERM"
     assert tried["shadow"] == tried["keys"] == tried["boot"] == "EACCES"
     assert {key for key, told in tried.items() if told == "done"} == set(), tried
+
+
+def filtered(name):
+    """Name the calls of one unit's filter, or of a group of systemd's, which name each other."""
+    found = set()
+    for line in run("systemd-analyze", "syscall-filter", name).stdout.splitlines()[1:]:
+        word = line.strip()
+        found |= filtered(word) if word.startswith("@") else {word} - {""} if not word.startswith("#") else set()
+    return found
+
+
+def test_the_spawners_unit_takes_nothing_that_the_workers_own_filter_gives():
+    text = (CHECKOUT / "systemd" / "blockyard-spawner.service").read_text()
+    lines = re.findall(r"^SystemCallFilter=(~?)(.*)$", text, re.MULTILINE)
+    allowed, refused = set(), set()
+    for but, words in lines:
+        for word in words.split():
+            (refused if but else allowed).update(filtered(word) if word.startswith("@") else {word})
+    policy = tomllib.loads((CHECKOUT / "blockyard_spawner" / "seccomp" / "policy.toml").read_text())
+    given = {call for group in policy["group"] if group.get("answer", "ALLOW") == "ALLOW" for call in group["calls"]}
+    given |= {each["call"] for each in policy["allow"]}
+    assert given - (allowed - refused) == set()
+
+
+def test_abstract_sockets_are_closed_to_workers_where_this_kernel_can_close_them(server):
+    check = checks(server)["abstract_sockets"]
+    scoped = ctypes.CDLL(None).syscall(444, None, 0, 1) >= 6  # the version that closes abstract sockets: Debian 13's
+    assert check["severity"] == ("ok" if scoped else "warning"), check
+    assert scoped or "only Landlock from Linux 6.12 on can close them; here: version" in check["fact"]
 
 
 def test_the_unit_of_the_workers_holder_leaves_it_nothing_to_do(in_place_of):
