@@ -7,7 +7,7 @@ import subprocess
 
 from _measure import Options, Row, cpu_seconds, listens, nginx, proxies, running
 
-TITLE = "HTTP through the relay: CPU per request, relay ÷ peer (1.00 = as cheap as the peer)"
+TITLE = "HTTP through the relay: CPU per request, peer ÷ relay (1.00 = as cheap as the peer)"
 SIZES = {"1 KB": (1 << 10, 64), "32 KB": (32 << 10, 64), "10 MB": (10 << 20, 8)}
 REACH = {
     ("nginx", "1 KB"): 0.55,

@@ -9,7 +9,7 @@ from typing import cast
 import uvloop
 from _measure import HERE, Options, Row, cpu_seconds, listens, proxies, resident_bytes, running
 
-TITLE = "WebSocket through the relay: CPU per echoed message, relay ÷ peer (1.00 = as cheap as the peer)"
+TITLE = "WebSocket through the relay: CPU per echoed message, peer ÷ relay (1.00 = as cheap as the peer)"
 REACH = {"nginx": 0.8, "go": 1.1}
 SOCKETS = 200
 IDLE = 500
