@@ -121,10 +121,8 @@ class AppGate:
         head, rest = visit.head, visit.rest
         session = self._session(visit)
         if session is not None:
-            if head.websocket and session.open_on(session.worker) + session.handshakes >= _MOST_SOCKETS:
-                return _refusal(
-                    head, TooMany("too_many_pages", "As many pages as one may have are open; close one.", 5)
-                )
+            if head.websocket and (crowded := _too_many_sockets(session)):
+                return _refusal(head, crowded)
             if session.earlier and (token := token_of(rest)):
                 return self._to_issuer(visit, session, token)
             if rest != READY_PATH and self._serves(session.worker, session, visit):
@@ -219,8 +217,11 @@ class AppGate:
             if not worker.ready.done() and _navigates(head):
                 return self._loading(app, cookies)
             await asyncio.shield(worker.ready)
-            if session.over:  # access was revoked meanwhile
+            who = holder(visit.principal, head.client)
+            if session.over or not self._fleet.hold(worker, session.key, who):  # access was revoked, or he moved on
                 return _refusal(head, Unavailable("visit_ended", "Your visit was ended; load the page again.", 1))
+            if head.websocket and (crowded := _too_many_sockets(session)):  # those that waited, too
+                return _refusal(head, crowded)
         except BlockyardError as error:
             if session is not None and session.worker.state is State.ENDED:
                 self._sessions.drop(session)
@@ -288,6 +289,12 @@ def _ending(worker: Worker) -> BlockyardError:
     if isinstance(failure, BlockyardError):
         return failure
     return BadGateway("worker_ended", f"The app was ended: it {worker.told}.")
+
+
+def _too_many_sockets(session: Session) -> TooMany | None:
+    if session.open_on(session.worker) + session.handshakes < _MOST_SOCKETS:
+        return None
+    return TooMany("too_many_pages", "As many pages as one may have are open; close one.", 5)
 
 
 _TITLES = {

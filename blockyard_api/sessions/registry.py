@@ -201,7 +201,7 @@ class Sessions:
             principal.expires_at if principal else float("inf"),
         )
         self._sessions[key] = session
-        self.let_lapse(session, dropped=False)
+        self._let_lapse_once_it_serves(session)
         visitor = digest(principal.sub if principal else f"{client}\n{agent}")
         row = {
             "hash": key,
@@ -223,7 +223,6 @@ class Sessions:
         """
         old = session.worker
         worker = self._fleet.place(app, session.key, holder(principal, client))
-        self.let_lapse(session, dropped=False)
         if worker is not old:
             session.worker = worker
             session.earlier = [other for other in session.earlier if other is not worker]
@@ -231,6 +230,8 @@ class Sessions:
                 session.earlier.append(old)
             else:
                 self._fleet.leave(old, session.key)
+        self._let_lapse_once_it_serves(session)
+        if worker is not old:
             await self._record(
                 update(table).where(table.c.hash == session.key).values(worker_id=worker.id, ended_at=None)
             )
@@ -244,6 +245,10 @@ class Sessions:
     def answered(self, worker: Worker) -> None:
         """Hear that a draining worker has one request less to answer."""
         self._fleet.let_go(worker)
+
+    def _let_lapse_once_it_serves(self, session: Session) -> None:
+        # an app may take a minute to start, and its page cannot come before that
+        session.worker.ready.add_done_callback(lambda _: self.let_lapse(session, dropped=False))
 
     def let_lapse(self, session: Session, *, dropped: bool) -> None:
         """Start the time after which the slot is free, unless something of the visitor's is open by then."""
@@ -268,6 +273,8 @@ class Sessions:
             self._fleet.leave(worker, session.key)
         if session.worker.state is State.ENDED and not session.earlier:
             self._forget(session)
+        elif not session.worker.ready.done():
+            self._let_lapse_once_it_serves(session)
         elif not session.busy and not session.open_on(session.worker):
             self._fleet.leave(session.worker, session.key)
 

@@ -104,6 +104,12 @@ async def _migrate(engine: AsyncEngine, path: Path) -> None:
                 f"{path}: was not brought to schema {SCHEMA} within {MIGRATED_WITHIN:.0f} s and is as it was before; "
                 "give the server a faster disk, or time to finish what else it does, and start again.",
             ) from error
+    if process.returncode is not None and process.returncode < 0:  # this daemon is being stopped
+        raise MigrationFailed(
+            "migration_ended",
+            f"{path}: was not brought to schema {SCHEMA}, since that was ended by signal {-process.returncode}; it is as "
+            "it was before, and the next start tries again.",
+        )
     if process.returncode:
         last = words.decode(errors="replace").strip().rpartition("\n")[2]
         raise MigrationFailed("migration_failed", f"{path}: cannot be brought to schema {SCHEMA}: {last}")

@@ -17,7 +17,8 @@ def _leave_transactions_alone(driver: Any, _record: object) -> None:  # noqa: AN
 
 @event.listens_for(engine, "begin")
 def _begin(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN")
+    # at once for writing: a transaction that begins by reading fails, without a wait, once the old daemon has written
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 with engine.begin() as connection:

@@ -296,6 +296,52 @@ async def waiting(control, name="plain", **more):
     return asking, worker
 
 
+@pytest.mark.parametrize("taken_for_a_start", [14, 50])
+async def test_a_place_is_kept_through_a_long_start_and_for_the_page_after_it(control, clock, taken_for_a_start):
+    await control.app()
+    control.spawner.serves = False
+    page = await control.ask("/app/plain/", html=True)
+    probe = asyncio.create_task(control.ask("/app/plain/__blockyard__/ready", page.cookie))
+    (first,) = await until(control.spawner.running)
+    await until(lambda: control.fleet.all()[0].socket)
+    for _ in range(taken_for_a_start):
+        await clock.advance(1)
+    await control.spawner.serve(first.id)
+    assert (await probe).status == 204
+    for _ in range(14):
+        await clock.advance(1)
+    control.spawner.serves = True
+    other = await control.visit()
+    assert control.worker_of(other).id != first.id
+    served = (await control.ask("/app/plain/", page.cookie, html=True)).end()
+    assert control.worker_of(served).id == first.id
+
+
+async def test_a_place_is_given_up_after_a_long_start_if_no_page_comes(control, clock):
+    await control.app()
+    control.spawner.serves = False
+    await control.ask("/app/plain/", html=True)
+    (first,) = await until(control.spawner.running)
+    await until(lambda: control.fleet.all()[0].socket)
+    await clock.advance(50)
+    await control.spawner.serve(first.id)
+    await control.quiet()
+    await clock.advance(16)
+    assert control.worker_of(await control.visit()).id == first.id
+
+
+async def test_of_many_websockets_that_wait_for_a_start_no_more_than_may_be_are_opened(control):
+    await control.app()
+    control.spawner.serves = False
+    cookie = (await control.ask("/app/plain/", html=True)).cookie
+    asking = [asyncio.create_task(control.ask("/app/plain/websocket/", cookie, websocket=True)) for _ in range(100)]
+    (worker,) = await until(control.spawner.running)
+    await control.spawner.serve(worker.id)
+    answers = await asyncio.gather(*asking)
+    assert [answer.forwarded for answer in answers].count(True) == 64
+    assert {answer.status for answer in answers if not answer.forwarded} == {429}
+
+
 async def test_access_that_is_revoked_while_a_visitor_waits_is_not_given(control):
     await control.app()
     asking, worker = await waiting(control)

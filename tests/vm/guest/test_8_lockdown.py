@@ -167,7 +167,7 @@ def test_the_unit_of_the_workers_holder_leaves_it_nothing_to_do(in_place_of):
     tried = in_place_of("blockyard-workers.service")
     assert tried.pop("uid") == 0  # of a user namespace of its own
     assert tried.pop("core") is not None
-    for harmless in ("shadow", "keys", "boot"):  # it reads and tells nobody
+    for harmless in ("shadow", "keys", "boot", "landlock"):  # it reads and tells nobody
         tried.pop(harmless)
     assert {key for key, told in tried.items() if told == "done"} == set(), tried
 
