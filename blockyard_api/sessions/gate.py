@@ -217,11 +217,8 @@ class AppGate:
             if not worker.ready.done() and _navigates(head):
                 return self._loading(app, cookies)
             await asyncio.shield(worker.ready)
-            who = holder(visit.principal, head.client)
-            if session.over or not self._fleet.hold(worker, session.key, who):  # access was revoked, or he moved on
-                return _refusal(head, Unavailable("visit_ended", "Your visit was ended; load the page again.", 1))
-            if head.websocket and (crowded := _too_many_sockets(session)):  # those that waited, too
-                return _refusal(head, crowded)
+            if (error := self._missed(visit, worker, session)) is not None:
+                return _refusal(head, error)
         except BlockyardError as error:
             if session is not None and session.worker.state is State.ENDED:
                 self._sessions.drop(session)
@@ -229,6 +226,12 @@ class AppGate:
         if visit.rest == READY_PATH:
             return Reply(204, ((b"Cache-Control", b"no-store"), *cookies), b"")
         return self._forward(visit, worker, session, cookies)
+
+    def _missed(self, visit: "_Visit", worker: Worker, session: Session) -> BlockyardError | None:
+        """Return why a visitor who waited for a worker has no place there any more."""
+        if session.over or not self._fleet.hold(worker, session.key, holder(visit.principal, visit.head.client)):
+            return Unavailable("visit_ended", "Your visit was ended; load the page again.", 1)
+        return _too_many_sockets(session) if visit.head.websocket else None
 
     def _again(self, visit: "_Visit") -> "_Visit":
         """Return the visit with the app as it is now, or raise what has come to stand against it since the decision."""

@@ -107,8 +107,8 @@ async def _migrate(engine: AsyncEngine, path: Path) -> None:
     if process.returncode is not None and process.returncode < 0:  # this daemon is being stopped
         raise MigrationFailed(
             "migration_ended",
-            f"{path}: was not brought to schema {SCHEMA}, since that was ended by signal {-process.returncode}; it is as "
-            "it was before, and the next start tries again.",
+            f"{path}: was not brought to schema {SCHEMA}, since that was ended by signal {-process.returncode}; "
+            "it is as it was before, and the next start tries again.",
         )
     if process.returncode:
         last = words.decode(errors="replace").strip().rpartition("\n")[2]

@@ -2,6 +2,8 @@
 
 import hashlib
 import sqlite3
+import sys
+import threading
 import time
 from contextlib import closing
 
@@ -88,6 +90,34 @@ async def test_a_migration_that_takes_too_long_is_ended_and_says_what_to_do(visi
         async with database.opened(visited):
             pass
     assert rows(visited, "SELECT version_num FROM alembic_version") == [("0004",)]
+
+
+@pytest.fixture
+def written_to(visited):
+    """A daemon of the version before, which is in the middle of a write and ends it half a second later."""
+    with closing(sqlite3.connect(visited, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("UPDATE sessions SET last_seen_at = 3")
+        ending = threading.Timer(0.5, other.execute, ["COMMIT"])
+        ending.start()
+        yield visited
+        ending.join()
+
+
+def test_a_migration_waits_for_what_the_daemon_still_writes(written_to):
+    migrate.upgrade(written_to)
+    assert rows(written_to, "SELECT DISTINCT last_seen_at FROM sessions") == [(3.0,)]
+
+
+async def test_a_migration_that_a_stop_of_the_service_ends_is_told_as_that(visited, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -TERM $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(database.MigrationFailed, match="ended by signal 15; it is as it was before"):
+        async with database.opened(visited):
+            pass
 
 
 async def test_the_database_is_write_ahead_logged_and_minds_foreign_keys(store):
