@@ -6,9 +6,6 @@ import re
 ALONE = {
     "debian12": (
         "test_1_units.py::test_a_stranger_",
-        "test_2_survival.py::test_a_restart_of_the_spawner_",
-        "test_2_survival.py::test_after_the_apis_kill_",
-        "test_3_limits.py",
         "test_35_told.py::test_a_full_",
         "test_35_told.py::test_no_secret_",
         "test_35_told.py::test_the_workers_",
@@ -27,8 +24,6 @@ ALONE = {
     ),
     "debian13": (
         "test_1_units.py::test_the_address_",
-        "test_2_survival.py::test_a_killed_spawner_",
-        "test_2_survival.py::test_after_a_restart_of_the_api_",
         "test_35_told.py::test_the_whole_tree_",
         "test_4_operating.py::test_a_worker_outlives_",
         "test_7_firewall.py::test_in_the_forms_of_nft_",
