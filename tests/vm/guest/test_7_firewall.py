@@ -286,6 +286,13 @@ def test_in_the_forms_of_iptables_a_worker_reaches_the_world_and_nothing_of_this
     assert_kept_in(curious, loaded, form)
 
 
+def test_in_the_forms_of_iptables_rules_by_cgroup_are_loaded_again_with_the_workers_unit(curious, loaded):
+    loaded("iptables-cgroup")
+    systemctl("restart", "blockyard-workers")
+    await_reloaded("blockyard-firewall-cgroup@iptables")
+    assert curious.is_kept_in()
+
+
 def test_rules_that_were_removed_hold_nobody(curious):
     reached, met = curious.reaches()
     assert reached == set(EVERYTHING), met
@@ -375,22 +382,28 @@ def firewall_check(server):
     return checks(server)["firewall"]
 
 
+def forgotten():
+    """What the record of the rules by cgroup says that is not so any more, or None."""
+    return forgotten_cgroup(Path(CGROUP_RECORD).read_text(), WORKERS.stat().st_ino)
+
+
+def await_reloaded(instance):
+    """Wait until the rules by cgroup are those of the workers' unit as it runs now."""
+    wait_for(lambda: forgotten() is None and unit(instance, "ActiveState") == "inactive", 200, "the rules")
+
+
 def test_nft_rules_by_cgroup_are_loaded_again_with_the_workers_unit_and_missed_without(server, curious, loaded):
     instance = "blockyard-firewall-cgroup@nft"
-
-    def told():
-        return forgotten_cgroup(Path(CGROUP_RECORD).read_text(), WORKERS.stat().st_ino)
-
     loaded("nft-cgroup")
     systemctl("restart", "blockyard-workers")
-    wait_for(lambda: told() is None and unit(instance, "ActiveState") == "inactive", 200, "the rules")
+    await_reloaded(instance)
     assert curious.is_kept_in()
     systemctl("disable", instance)
     systemctl("restart", "blockyard-workers")
-    forgotten = told()
+    remedy = re.search(r"run (.*)\.$", forgotten())[1]
     assert not curious.is_kept_in()  # what the check is for
     assert firewall_check(server)["severity"] == "error"
-    run(*re.search(r"run (.*)\.$", forgotten)[1].split(), timeout=200)
-    assert told() is None
+    run(*remedy.split(), timeout=200)
+    assert forgotten() is None
     assert firewall_check(server)["severity"] == "ok"
     assert curious.is_kept_in()
