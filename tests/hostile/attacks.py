@@ -192,8 +192,7 @@ CALLS = [
     *(Call(name, TERMINAL, "ENOTTY", 5) for name in ("TIOCSTI", "TIOCSTI_high", "TIOCLINUX")),
     *(Call(name, "", "ok", 8) for name in ("ptrace_child", "process_vm_readv_own")),
     *(Call(name, USERNS, "ENOSPC") for name in ("unshare_user", "clone_user", "clone3_user")),
-    *(Call(name, CAPABILITY, "EPERM") for name in ("unshare_mount", "unshare_net")),
-    Call("setns", CAPABILITY, "EPERM|EACCES"),
+    *(Call(name, CAPABILITY, "EPERM") for name in ("unshare_mount", "unshare_net", "setns")),
     *(Call(name, CAPABILITY, "EPERM") for name in (
         "mount_tmpfs", "mount_cgroup", "mount_cgroup2", "remount", "umount", "pivot_root", "chroot", "fsopen",
         "open_tree", "mount_setattr", "open_by_handle_at", "sethostname", "reboot", "swapon", "acct",
