@@ -1,13 +1,16 @@
 """What hostile code in a worker tries, what stops it, and what would come of it without that: the table.
 
 Each attack runs as an app through the front door, where it must be stopped. Each of its steps runs in the same sandbox
-with layers switched off: there it succeeds, or the next layer stops it. Pure data; `{names}` are the target's.
+with layers switched off: there it succeeds, or the next layer stops it. Data alone; `{names}` are the target's, and
+what only some kernels have is decided by the kernel at hand.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from layers import DESCRIPTORS, FILTER, OPEN_FILES, TERMINAL
+from kernel import scopes_abstract_sockets
+from layers import ABSTRACT, DESCRIPTORS, FILTER, OPEN_FILES, TERMINAL
 
 PROCESSES, IPC = "the process namespace", "the IPC namespace"
 NETWORK, USERNS = "the network namespace", "the ban on user namespaces"
@@ -40,6 +43,24 @@ class Attack:
 GONE = "(?i)no such file|nonexistent"
 DENIED = "Permission denied"
 ALLOWED = "the root by allow-list"
+MISSING = "Directory nonexistent"
+
+# What would widen a worker's limits, or take it out of them. The last one ends there: 0 is whoever writes it.
+LIMITS = {
+    "pids.max": "max", "memory.max": "max", "memory.high": "max", "memory.swap.max": "max", "cpu.max": "max",
+    "cgroup.max.descendants": "7", "cgroup.subtree_control": "-pids", "cgroup.procs": "0",
+}  # fmt: skip
+
+
+def widening(directory: str) -> str:
+    """Try each of them in a cgroup's directory."""
+    return "; ".join(f"(echo {value} > {directory}/{name}) && echo {name} moved" for name, value in LIMITS.items())
+
+
+def each_limit(how: str) -> str:
+    """See each of them stopped."""
+    return "(?s)" + ".*".join(f"/{re.escape(name)}: {how}" for name in LIMITS)
+
 
 ATTACKS = [
     Attack("reads another app's bundle", 1, ALLOWED, "cat {bundle}/secret.txt", GONE, "{canary}",
@@ -80,7 +101,8 @@ ATTACKS = [
     Attack("connects to a host's service by its socket", 7, ALLOWED, REACH + " unix {service}", "ENOENT", "connected",
            [Step("", "connected", {"show": ["{service_directory}"]})]),
     Attack("connects to an abstract socket", 7, NETWORK, REACH + " abstract {abstract}", "ECONNREFUSED", "connected",
-           [Step("", "connected|EPERM", {"network": "host"})]),  # EPERM: where Landlock scopes them
+           [*([Step(ABSTRACT, "^EPERM$", {"network": "host"})] if scopes_abstract_sockets() else []),
+            Step("", "^connected$", {"network": "host", "off": [ABSTRACT]})]),
     Attack("connects to a loopback service", 7, NETWORK, REACH + " tcp 127.0.0.1 {port}", "ECONNREFUSED|ENETUNREACH",
            "connected", [Step("", "connected", {"network": "host"})]),
     Attack("asks the metadata address", 7, NETWORK, REACH + " tcp 169.254.169.254 80", "ENETUNREACH", "connected", []),
@@ -103,9 +125,15 @@ ATTACKS = [
            [Step("the file is root's", DENIED, {"off": [PROCESSES]})]),
     Attack("moves itself to another cgroup", 9, ALLOWED, "(echo $$ > {cgroup}/cgroup.procs) && echo moved", GONE,
            "moved", [Step("the files are root's", DENIED, {"show": ["{cgroup}"]})]),
-    Attack("widens its own limits", 9, ALLOWED,
+    Attack("changes another worker's limits", 9, ALLOWED,
            "(echo max > {cgroup}/workers/{id}/cgroup.max.depth) && echo moved", GONE, "moved",
            [Step("the files are root's", DENIED, {"show": ["{cgroup}"]})]),
+    Attack("widens its own limits", 9, ALLOWED, widening("{cgroup}/workers/{own_id}"), each_limit(MISSING), "moved",
+           [Step("the files are root's", each_limit(DENIED), {"show": ["{cgroup}"], "uid": "{own_uid}"}),
+            Step("", "^cgroup.max.descendants moved$", {"show": ["{given}"], "uid": "{decoy_uid}"},
+                 widening("{given}"))]),
+    Attack("widens the limits of what it finds as its own", 9, ALLOWED,
+           widening("/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)"), each_limit(MISSING), "moved", []),
     Attack("names a release agent", 6, ALLOWED,
            "ls /sys/fs/cgroup; find / -xdev -name release_agent -print; echo looked", GONE, "^/.*release_agent", []),
     Attack("reads shared memory of the host", 13, IPC, "/tmp/attack find_shm", "ENOENT", "CANARY",
@@ -138,11 +166,12 @@ ATTACKS = [
 ]  # fmt: skip
 
 CAPABILITY = "no capability"
+NO_ROOT = "a user namespace that knows no root"
 
 
 @dataclass(frozen=True)
 class Call:
-    """One system call, all of which the filter stops first, with any error."""
+    """One system call that the filter refuses, whatever else would."""
 
     name: str  # of the attempt in attack.c
     then: str  # the next layer, or "" when it succeeds without the filter
@@ -163,16 +192,32 @@ CALLS = [
     *(Call(name, TERMINAL, "ENOTTY", 5) for name in ("TIOCSTI", "TIOCSTI_high", "TIOCLINUX")),
     *(Call(name, "", "ok", 8) for name in ("ptrace_child", "process_vm_readv_own")),
     *(Call(name, USERNS, "ENOSPC") for name in ("unshare_user", "clone_user", "clone3_user")),
-    *(Call(name, CAPABILITY, "EPERM") for name in ("unshare_mount", "unshare_net")),
-    Call("setns", CAPABILITY, "EPERM|EACCES"),
+    *(Call(name, CAPABILITY, "EPERM") for name in ("unshare_mount", "unshare_net", "setns")),
     *(Call(name, CAPABILITY, "EPERM") for name in (
         "mount_tmpfs", "mount_cgroup", "mount_cgroup2", "remount", "umount", "pivot_root", "chroot", "fsopen",
-        "open_tree", "mount_setattr", "open_by_handle_at", "setgroups", "mknod", "sethostname", "reboot", "swapon",
-        "acct", "clock_settime", "realtime")),
+        "open_tree", "mount_setattr", "open_by_handle_at", "sethostname", "reboot", "swapon", "acct",
+        "clock_settime")),
     *(Call(name, CAPABILITY, "EPERM" + OWN_KERNEL) for name in ("kexec_load", "init_module", "finit_module")),
-    *(Call(name, "a user namespace that knows no root", "EINVAL|EPERM") for name in ("setuid", "setgid")),
     Call("syslog", "kernel.dmesg_restrict, on Debian", "ok|EPERM"),
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PrivilegedCall:
+    """One that the filter lets through, since it has uses that need no privilege: the kernel refuses this use of it."""
+
+    name: str
+    layer: str  # what stops it
+    seen: str  # the kernel's own answer, the same with the filter and without
+    row: int = 6
+
+
+PRIVILEGED_CALLS = [
+    PrivilegedCall("mknod", CAPABILITY, "EPERM"),  # a device; FIFOs are made by it, too
+    PrivilegedCall("realtime", CAPABILITY, "EPERM"),
+    PrivilegedCall("setgroups", CAPABILITY, "EPERM"),
+    *(PrivilegedCall(name, NO_ROOT, "EINVAL") for name in ("setuid", "setgid")),
+]
 
 # TIOCSTI's further layers, one after the other: what is off, what stops it then, what it says.
 TERMINAL_STEPS = [

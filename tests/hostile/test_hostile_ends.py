@@ -2,12 +2,14 @@
 
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from attacks import IPC, PROCESSES
+from attacks import FILTER, IPC, PROCESSES
 from running_pair import wait_for
 from target import READY, deploy_shell, processes_of, resident
 
@@ -89,24 +91,22 @@ chmod 0 /run/worker/deep/er /run/worker/deep
 (setsid sleep 100000 &) ; ipcs -m | grep -c {KEY}
 """
 LOOK = f"""
-/tmp/attack find_shm; /tmp/attack find_queue; ipcs -m | grep -c {KEY}
-ls /tmp /dev/shm /run/worker; cat /proc/keys 2>/dev/null | grep -c left
-cat /proc/[0-9]*/comm
+/tmp/attack find_shm; /tmp/attack find_queue; /tmp/attack find_key; ipcs -m | grep -c {KEY}
+ls /tmp /dev/shm /run/worker; cat /proc/keys; cat /proc/[0-9]*/comm
 """
 
 
 def test_a_sandbox_that_has_the_uid_of_an_ended_worker_finds_nothing_of_it(target, shell, program):
     planting, worker = started(target, "planting", program)
     said = planting.run(PLANT)
-    assert said.splitlines()[0] == "ok"  # shared memory is planted
-    assert said.splitlines()[-1] == "1"
+    assert said.splitlines() == ["ok", "ok", "EPERM", "1"]  # shared memory and a queue are planted; a key cannot be
     assert files_of(target, worker.uid)
     target.end("planting")
     nothing_is_left(target, worker)
     assert files_of(target, worker.uid) == []
     assert str(worker.uid) not in subprocess.check_output(["ipcs", "-m", "-c"], text=True)
     found = shell.weakened(LOOK, uid=worker.uid)
-    assert found.splitlines()[:3] == ["ENOENT", "ENOENT", "0"]
+    assert found.splitlines()[:4] == ["ENOENT", "ENOENT", "EPERM", "0"]
     assert "left" not in found
     assert "suid" not in found
     assert "sleep" not in found
@@ -120,6 +120,25 @@ def test_without_an_ipc_namespace_shared_memory_passes_from_one_to_the_next(shel
         assert "CANARY" not in shell.weakened("/tmp/attack find_shm", uid=uid)
     finally:
         subprocess.run(["ipcrm", "--shmem-key", KEY], check=True)
+
+
+def test_without_the_filter_a_key_stays_in_its_user_namespace_and_outside_of_one_passes_to_the_next_of_its_uid(
+    shell, program
+):
+    uid = 2**20 + 11
+    look = "/tmp/attack find_key"
+    assert shell.weakened(f"/tmp/attack add_key; {look}", off=[FILTER], uid=uid).split() == ["ok", "CANARY", "ok"]
+    assert shell.weakened(look, off=[FILTER], uid=uid) == "ENOKEY"
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        bare = ["setpriv", f"--reuid={uid}", "--regid=65534", "--clear-groups", shutil.copy(program, place)]
+        assert subprocess.check_output([*bare, "add_key"], text=True) == "ok\n"
+        try:
+            assert subprocess.check_output([*bare, "find_key"], text=True) == "CANARY\nok\n"
+            assert shell.weakened(look, off=[FILTER], uid=uid) == "ENOKEY"
+            assert shell.weakened(look, uid=uid) == "EPERM"
+        finally:
+            subprocess.run([*bare, "drop_keys"], check=True)
 
 
 def test_the_sweep_of_a_directory_that_is_full_of_links_touches_nothing_else(target, program):

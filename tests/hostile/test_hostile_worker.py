@@ -1,5 +1,6 @@
 """A hostile app tries to get out of its box, through the front door; then the same with layers switched off."""
 
+import os
 import re
 import signal
 import socket
@@ -7,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from attacks import ATTACKS, CALLS, FILTER, PROCESSES, TERMINAL_STEPS
+from attacks import ATTACKS, CALLS, FILTER, PRIVILEGED_CALLS, PROCESSES, TERMINAL_STEPS
 from target import CANARY, deploy_shell, processes_of
 
 pytest_plugins = ["hostile_apps"]
@@ -18,6 +19,8 @@ DECOY = 2**20 + 7  # a uid that nobody else has
 def place(target, neighbour, shell, program, tmp_path_factory):
     """What an attack's names stand for: the host and the neighbour, each with something to take."""
     bundle, other = neighbour
+    own = target.worker("hostile")
+    assert (target.cgroup / "workers" / own.id / "cgroup.procs").read_text()  # it is there, to be widened
     library = target.state / "libraries" / "theirs"
     library.mkdir(mode=0o755)
     (library / "secret").write_text(CANARY)
@@ -43,6 +46,7 @@ def place(target, neighbour, shell, program, tmp_path_factory):
         yield {
             "canary": CANARY, "state": target.state, "config": target.config, "runtime": target.runtime,
             "cgroup": target.cgroup, "id": other.id, "pid": other.pid, "uid": other.uid,
+            "own_id": own.id, "own_uid": own.uid,
             "socket": target.runtime / other.id / "app.sock", "bundle": target.state / "bundles" / bundle,
             "own_bundle": target.state / "bundles" / shell.bundle,
             "spawner_socket": target.spawner_socket, "spawner_directory": target.spawner_socket.parent,
@@ -65,6 +69,17 @@ def decoy():
     yield process
     process.kill()
     process.wait()
+
+
+@pytest.fixture
+def given(target):
+    """A cgroup whose files belong to the uid that some steps run as, as no worker's do."""
+    directory = target.cgroup.parent / "hostile-given"
+    directory.mkdir()
+    for path in (directory, *directory.iterdir()):
+        os.chown(path, DECOY, -1)
+    yield directory
+    directory.rmdir()
 
 
 def filled(value, names):
@@ -91,9 +106,9 @@ STEPS = [(attack, step) for attack in ATTACKS for step in attack.steps]
     ("attack", "step"), STEPS, ids=[f"{a.name}, {a.steps.index(s) + 1} off: {s.then or 'succeeds'}" for a, s in STEPS]
 )
 def test_without_its_layer_it_succeeds_or_the_next_layer_stops_it(
-    shell, place, decoy, neighbour_lives_on, attack, step
+    shell, place, decoy, given, neighbour_lives_on, attack, step
 ):
-    names = {**place, "decoy": decoy.pid}
+    names = {**place, "decoy": decoy.pid, "given": given}
     said = shell.weakened(
         filled(step.command or attack.command, names), **{key: filled(value, names) for key, value in step.how.items()}
     )
@@ -103,27 +118,55 @@ def test_without_its_layer_it_succeeds_or_the_next_layer_stops_it(
 
 # --- system calls ----------------------------------------------------------------------------------------------------
 
-EACH_CALL = f"for call in {' '.join(call.name for call in CALLS)}; do echo $call $(/tmp/attack $call); done"
+EACH_CALL = "; ".join(f"echo {call.name} $(/tmp/attack {call.name})" for call in (*CALLS, *PRIVILEGED_CALLS))
+MARK = "EXFULL"  # an error that none of these calls has of itself
+
+
+def told(said):
+    return dict(line.split() for line in said.splitlines())
 
 
 @pytest.fixture(scope="session")
 def answers(shell):
-    return dict(line.split() for line in shell.run(EACH_CALL).splitlines())
+    return told(shell.run(EACH_CALL))
 
 
 @pytest.fixture(scope="session")
 def unfiltered_answers(shell):
-    return dict(line.split() for line in shell.weakened(EACH_CALL, off=[FILTER]).splitlines())
+    return told(shell.weakened(EACH_CALL, off=[FILTER]))
+
+
+@pytest.fixture(scope="session")
+def marked_answers(shell):
+    return told(shell.weakened(EACH_CALL, flags=[f"--refused-with={MARK}"]))
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 def test_a_system_call_that_no_app_needs_is_refused(answers, call):
-    assert re.fullmatch("E[A-Z]+", answers[call.name])
+    assert answers[call.name] == ("ENOSYS" if call.name == "clone3_user" else "EPERM")
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_a_filter_with_an_error_of_its_own_would_be_seen_to_refuse_each_call_that_no_app_needs(marked_answers, call):
+    """The kernel's own refusal is often the same EPERM."""
+    assert marked_answers[call.name] == ("ENOSYS" if call.name == "clone3_user" else MARK)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call.name} without the filter: {call.then or 'succeeds'}")
 def test_without_the_filter_a_call_succeeds_or_the_next_layer_stops_it(unfiltered_answers, call):
     assert re.fullmatch(call.seen, unfiltered_answers[call.name])
+
+
+@pytest.mark.parametrize("call", PRIVILEGED_CALLS, ids=lambda call: f"{call.name}: {call.layer}")
+def test_a_system_call_that_apps_need_is_refused_for_want_of_privilege_where_it_would_take_some(answers, call):
+    assert answers[call.name] == call.seen
+
+
+@pytest.mark.parametrize("call", PRIVILEGED_CALLS, ids=lambda call: call.name)
+def test_a_filter_with_an_error_of_its_own_would_not_be_seen_where_privilege_is_what_is_missing(
+    marked_answers, unfiltered_answers, call
+):
+    assert marked_answers[call.name] == unfiltered_answers[call.name] == call.seen
 
 
 def test_enough_calls_succeed_without_the_filter_to_prove_it(unfiltered_answers):

@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from layers import DESCRIPTORS, FILTER, OPEN_FILES, TERMINAL
+from layers import ABSTRACT, DESCRIPTORS, FILTER, OPEN_FILES, TERMINAL
 
+from blockyard_api.hardening import bpf, seccomp
 from blockyard_spawner import config as configuration
 from blockyard_spawner import launch, policy, protocol, sandbox
 
@@ -74,6 +75,7 @@ def parse():
     parser.add_argument("--off", action="append", default=[], help="a layer to switch off")
     parser.add_argument("--show", action="append", default=[], help="a path of the host to add to the root, as it is")
     parser.add_argument("--words", action="append", default=[], help="words for bwrap after all mounts, by blanks")
+    parser.add_argument("--refused-with", help="the error that the filter is to answer with in place of its own")
     parser.add_argument("--kill-outer", action="store_true", help="kill the outer process and count what lives on")
     parser.add_argument("--may-fail", action="store_true", help="bwrap's own refusal is an answer, too")
     parser.add_argument("--within", type=float, default=60)
@@ -89,6 +91,10 @@ def main():
     if FILTER in off:
         config["process.seccomp_profile"] = ""
     work = Path(tempfile.mkdtemp(prefix="weakened-", dir="/run"))
+    if asked.refused_with:
+        marked = seccomp.compiled({**seccomp.read_policy(), "otherwise": asked.refused_with}, bpf.native())
+        config["process.seccomp_profile"] = str(work / "marked.bpf")
+        Path(config["process.seccomp_profile"]).write_bytes(marked)
     config["process.runtime_dir"] = str(work)
     work.chmod(0o711)
     (work / "weakened-worker").mkdir(mode=0o700)
@@ -98,11 +104,13 @@ def main():
     made = sandbox.files(config, asked.uid, "app", b"")
     argv = sandbox.bwrap_argv(config, wanted, made, lasting=True)
     argv = [*argv[: argv.index("--")], *[word for words in asked.words for word in words.split()]]
-    for name in off - {TERMINAL, DESCRIPTORS, OPEN_FILES, FILTER}:
+    for name in off - {ABSTRACT, TERMINAL, DESCRIPTORS, OPEN_FILES, FILTER}:
         argv = LAYERS[name](argv)
     at = argv.index("--remount-ro")
     argv[at:at] = [word for path in asked.show for word in ("--bind", path, path)]
     argv += ["--", "/bin/sh", "-c", asked.command]
+    if ABSTRACT in off:
+        launch._leave_abstract_sockets = lambda: None
     if OPEN_FILES in off:
         resource.setrlimit(resource.RLIMIT_NOFILE, (20_000, 20_000))
         launch.resource = SimpleNamespace(setrlimit=lambda *_: None, RLIMIT_CORE=0, RLIMIT_NOFILE=0)

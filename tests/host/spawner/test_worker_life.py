@@ -21,6 +21,30 @@ def test_a_real_shiny_app_answers_on_its_socket(spawner, client):
     assert worker.cgroup.endswith("/workers/worker0001")
 
 
+WHERE = """#!/bin/sh
+while read -r line; do echo "$line"; done < /proc/self/cgroup
+while read -r name values; do [ "$name" = Uid: ] && echo "Uid: $values"; done < /proc/self/status
+exec /usr/bin/bwrap "$@"
+"""
+
+
+def test_a_worker_is_in_its_cgroup_before_its_first_program_does_anything(stopped_spawner):
+    """Whoever joins later has a moment outside of limits and firewall: ten times, since that moment is short."""
+    looks = stopped_spawner.root / "looks"
+    looks.write_text(WHERE)
+    looks.chmod(0o755)
+    stopped_spawner.configure(bwrap_path=str(looks))
+    stopped_spawner.start()
+    client = stopped_spawner.client()
+    for number in range(10):
+        worker = stopped_spawner.run_r(client, f"worker{number:04}", WAITING)
+        worker.wait_for_output("Uid:")
+        assert f"0::{worker.cgroup}\n" in worker.lines
+        assert worker.lines[-1].split() == ["Uid:", *[str(worker.uid)] * 4]
+        client.call("stop", id=worker.id, grace=0)
+    assert worker.cgroup.endswith(f"/workers/{worker.id}")
+
+
 def test_the_socket_proves_the_uid_that_the_spawner_named(spawner, client):
     worker = spawner.spawn(client, "worker0001", spawner.bundle("hello", EXAMPLES / "hello"))
     with worker.connect() as connection:

@@ -27,7 +27,7 @@
 static const char *argument = "";
 
 static long keyctl_(void) { return syscall(SYS_keyctl, 0 /* KEYCTL_GET_KEYRING_ID */, -3, 1); }
-static long add_key_(void) { return syscall(SYS_add_key, "user", "left", "behind", 6, -4); }
+static long add_key_(void) { return syscall(SYS_add_key, "user", "left", "CANARY", 7, -4); }  // the uid's keyring
 static long request_key_(void) {
     long r = syscall(SYS_request_key, "user", "left", NULL, -4);
     return r < 0 && errno == ENOKEY ? 0 : r;  // it was allowed to ask
@@ -111,7 +111,7 @@ static long clone3_user(void) {
 static long unshare_mount(void) { return unshare(CLONE_NEWNS); }
 static long unshare_net(void) { return unshare(CLONE_NEWNET); }
 static long setns_(void) {
-    int fd = open("/proc/1/ns/mnt", O_RDONLY);
+    int fd = open("/proc/self/ns/mnt", O_RDONLY);  // that of process 1, too; not to be opened is no answer of setns
     return fd < 0 ? -1 : setns(fd, 0);
 }
 static long mount_tmpfs(void) { return mount("none", "/tmp", "tmpfs", 0, NULL); }
@@ -185,6 +185,14 @@ static long plant_queue(void) {
     return queue < 0 ? -1 : mq_send(queue, "CANARY", 7, 0);
 }
 static long find_queue(void) { return mq_open("/left", O_RDONLY); }
+static long find_key(void) {
+    char text[16] = "";
+    long key = syscall(SYS_keyctl, 10 /* KEYCTL_SEARCH */, -4, "user", "left", -2);  // linked to: then it can be read
+    if (key < 0 || syscall(SYS_keyctl, 11 /* KEYCTL_READ */, key, text, sizeof text) < 0) return -1;
+    puts(text);
+    return 0;
+}
+static long drop_keys(void) { return syscall(SYS_keyctl, 7 /* KEYCTL_CLEAR */, -4); }
 static long drop_queue(void) { return mq_unlink("/left"); }
 
 // --- bombs
@@ -257,7 +265,7 @@ static const struct {
     {"reboot", reboot_}, {"swapon", swapon_}, {"acct", acct_}, {"syslog", kernel_log}, {"clock_settime", set_clock},
     {"realtime", priority}, {"plant_shm", plant_shm}, {"find_shm", find_shm}, {"plant_queue", plant_queue},
     {"find_queue", find_queue}, {"drop_queue", drop_queue}, {"descriptors", descriptors}, {"files", files}, {"swarm", swarm},
-    {"stopped", stopped},
+    {"stopped", stopped}, {"find_key", find_key}, {"drop_keys", drop_keys},
 };
 
 int main(int argc, char **argv) {

@@ -199,6 +199,29 @@ async def test_a_worker_that_does_not_answer_in_time_is_stopped_and_told_as_that
     assert "stop" in spawned.told
 
 
+@pytest.mark.parametrize("answered", [True, False], ids=["its worker does not answer", "its spawn is not answered"])
+async def test_an_app_that_is_stuck_in_its_start_keeps_no_other_app_waiting(control, answered):
+    for name in ("stuck", "plain"):
+        await control.app(name, max_sessions_per_worker=1)
+    control.spawner.serves = False
+    control.spawner.hold |= set() if answered else {"spawn"}
+    stuck = asyncio.create_task(control.ask("/app/stuck/"))
+    (spawned,) = await until(control.spawner.running)
+    if answered:
+        await until(lambda: control.fleet.all()[0].socket is not None)
+    control.spawner.serves = True
+    control.spawner.hold.clear()
+    for _ in range(3):  # each a worker more
+        assert await control.visit("plain")
+    await control.change("plain", pre_warmed_sessions=1)
+    await until(lambda: [worker.state for worker in control.fleet.all()].count(State.ACTIVE) == 4, "a warm worker")
+    assert control.fleet.find(spawned.id).state is State.STARTING
+    assert not stuck.done()
+    control.spawner.release()
+    await control.spawner.serve(spawned.id)
+    assert (await stuck).end().forwarded
+
+
 async def test_an_answer_that_is_not_http_is_no_readiness(start, clock):
     control = await start("proxy.worker_start_timeout = '20s'")
     await control.app()

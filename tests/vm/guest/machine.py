@@ -128,3 +128,30 @@ def by(server, *arguments):
     return subprocess.Popen(
         ["by", *arguments], env={**os.environ, **login}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+# --- what an app's owner is told -------------------------------------------------------------------------------------
+
+
+def log_of(server, name):
+    return server.http.get(f"/api/v1/apps/{name}/logs", params={"stream": "false"}).text
+
+
+def noted(server, name, words, within=120):
+    """Wait for a line of the platform's own in an app's log."""
+    line = re.compile(rf"^\[blockyard [^]]+\] .*{words}", re.MULTILINE)
+    wait_for(lambda: line.search(log_of(server, name)), within, f"{words!r} in the log of {name}")
+
+
+def hit(server, name):
+    return [sentence for worker in server.workers(name) for sentence in worker["limits_hit"]]
+
+
+def shown(server, name, words, within=120):
+    """Wait for `by get APP --runtime` to print words on the line of a worker that serves."""
+    line = re.compile(rf"^[0-9a-f]+ +active; .*{words}", re.MULTILINE)
+
+    def printed():
+        return line.search(by(server, "get", name, "--runtime").communicate(timeout=within * PATIENCE)[0])
+
+    wait_for(printed, within, f"{words!r} of {name} on the command line")

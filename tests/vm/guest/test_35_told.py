@@ -2,12 +2,11 @@
 
 import contextlib
 import os
-import re
 from pathlib import Path
 
 import pytest
 from inside import SEARCH, assert_walked_and_found_what_is_allowed, canary, look, walk
-from machine import DAEMONS, answers, as_user, run, systemctl, unit
+from machine import DAEMONS, answers, as_user, hit, noted, run, systemctl, unit
 from running_pair import simple_app, wait_for
 
 RUNTIME = "/run/blockyard/workers"
@@ -25,20 +24,6 @@ def running(server, name, action, files=(), **settings):
             yield server.runtime(name)["workers"][0]["id"]
     finally:
         switch_off(server, name)
-
-
-def log_of(server, name):
-    return server.http.get(f"/api/v1/apps/{name}/logs", params={"stream": "false"}).text
-
-
-def noted(server, name, words, within=120):
-    """Wait for a line of the platform's own in an app's log."""
-    line = re.compile(rf"^\[blockyard [^]]+\] .*{words}", re.MULTILINE)
-    wait_for(lambda: line.search(log_of(server, name)), within, f"{words!r} in the log of {name}")
-
-
-def hit(server, name):
-    return [sentence for worker in server.workers(name) for sentence in worker["limits_hit"]]
 
 
 def switch_off(server, name):

@@ -1,7 +1,9 @@
 """Limits that the kernel enforces: a worker that goes beyond harms itself alone, and is told as what it was."""
 
+import re
+
 import pytest
-from machine import DAEMONS, active, audit, cores_used, knob, processes_of, unit
+from machine import DAEMONS, active, audit, cores_used, hit, knob, noted, processes_of, shown, unit
 from running_pair import read_until_closed, simple_app, wait_for
 from websockets.exceptions import ConnectionClosed
 
@@ -75,7 +77,8 @@ def test_files_without_end_that_take_no_space_end_as_a_want_of_memory(server, si
 
 
 def test_a_fork_bomb_stops_at_its_process_limit_and_ends_with_its_worker(server, sibling):
-    server.deploy("bomb", acts("system('b() { b | b & }; b', wait = FALSE)"), memory_limit="1g")
+    bomb = "exec 2> /dev/null; b() { b | b & }; b"  # what it says would push what is said of it out of the log
+    server.deploy("bomb", acts(f"system('{bomb}', wait = FALSE)"), memory_limit="1g")
     with server.visitor().shiny("bomb"):
         (worker,) = active(server, "bomb")
         uid = audit(worker=worker["id"])[0]["BLOCKYARD_UID"]
@@ -86,6 +89,10 @@ def test_a_fork_bomb_stops_at_its_process_limit_and_ends_with_its_worker(server,
 
         wait_for(refused, 120, "the limit's first refusal")
         assert int(knob(worker["id"], "pids.current")) <= 512
+        sentence = "could not start more than 512 processes"
+        noted(server, "bomb", f"worker {sentence}")
+        assert sentence in hit(server, "bomb")
+        shown(server, "bomb", sentence)
         sibling()
     server.http.post("/api/v1/apps/bomb/disable")
     wait_for(lambda: not server.workers("bomb"), 120, "its end")
@@ -99,5 +106,9 @@ def test_a_spinner_gets_its_share_of_a_core_and_no_more(server, sibling):
         (worker,) = active(server, "spinner")
         wait_for(lambda: int(knob(worker["id"], "pids.current")) >= 6, 60, "three spinners")
         assert 0.3 < cores_used(worker["id"], 6, meanwhile=sibling) < 0.7
+        sentence = r"had to wait [1-9]\d+ s for its share of the processor"  # from ten on; it is looked at now and then
+        noted(server, "spinner", f"worker {sentence}")
+        assert [words for words in hit(server, "spinner") if re.fullmatch(sentence, words)]
+        shown(server, "spinner", sentence)
     server.http.post("/api/v1/apps/spinner/disable")
     wait_for(lambda: not server.workers("spinner"), 60, "its end")
