@@ -4,7 +4,6 @@ import io
 import re
 import tarfile
 
-import httpx
 import pytest
 
 from blockyard_api.host.units import WorkersUnit
@@ -191,14 +190,8 @@ async def control(start):
 
 
 @pytest.fixture
-async def client(control, listening):
-    """An administrator's client, over TCP; what ends it is the test's own timeout: the clock stands still."""
-    _, plain = await control.services.tokens.create("admin", "test")
-    host, port = listening.address
-    async with httpx.AsyncClient(
-        base_url=f"http://{host}:{port}", headers={"Authorization": f"Bearer {plain}"}, timeout=None
-    ) as opened:
-        yield opened
+def client(over_tcp):
+    return over_tcp
 
 
 @pytest.fixture
