@@ -25,6 +25,7 @@ Size = Annotated[
         json_schema_extra={"pattern": f"^(?:{SIZE})$", "maxLength": 13},
     ),
 ]
+Uuid = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
 Time = Annotated[str, Field(description="UTC, ending in Z", json_schema_extra={"format": "date-time"})]
 
 
@@ -84,7 +85,7 @@ class AppChanges(Closed):
 class AppBody(BaseModel):
     """An app as its callers see it."""
 
-    id: str
+    id: Uuid
     name: str
     owner: str
     access_type: str
@@ -130,7 +131,7 @@ class BundleBody(BaseModel):
     """One upload of an app."""
 
     id: str
-    app_id: str
+    app_id: Uuid
     status: Literal["pending", "building", "ready", "failed"]
     uploaded_at: Time
     deployed_by: str
@@ -220,7 +221,7 @@ class NewToken(Closed):
 class TokenBody(BaseModel):
     """A token, without its plain text."""
 
-    id: str
+    id: Uuid
     name: str
     created_at: Time
     expires_at: Time

@@ -24,6 +24,7 @@ from schemathesis.specs.openapi import checks
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "api"))
 
+from fake_spawner import FakeSpawner
 from running_control import Control
 from sqlalchemy import insert
 
@@ -84,8 +85,11 @@ class Live:
         self._leave = asyncio.Event()
         template = self.directory / "blockyard.db"
         await asyncio.to_thread(migrate.upgrade, template)
+        docker = FakeSpawner(self.directory / "d.sock", self.directory / "run")  # or apps could not be moved there
+        docker.start()
+        lines = f'docker.spawner_socket = "{docker.path}"\ndocker.runtime_dir = "{docker.runtime_dir}"'
         # a run of the start-up checks takes all of its time here: there is no probe to answer
-        control = await Control(template, 'server.preflight_timeout = "1s"').start()
+        control = await Control(template, f'{lines}\nserver.preflight_timeout = "1s"').start()
         try:
             await control.app(_OURS)
             _, self.token = await control.services.tokens.create("admin", "fuzz")
@@ -104,6 +108,7 @@ class Live:
             await task
         finally:
             await control.close()
+            await docker.close()
 
 
 @contextlib.contextmanager

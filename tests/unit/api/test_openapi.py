@@ -240,6 +240,11 @@ def test_every_time_is_told_to_be_one(document):
     assert all("date-time" in kind for kind in told.values()), told
 
 
+def test_the_ids_of_apps_and_tokens_are_told_to_be_uuids(document):
+    for schema, key in (("AppBody", "id"), ("BundleBody", "app_id"), ("TokenBody", "id"), ("PlainToken", "id")):
+        assert document["components"]["schemas"][schema]["properties"][key]["format"] == "uuid"
+
+
 def test_a_change_has_no_defaults_since_what_is_not_sent_stays(document):
     changes = document["components"]["schemas"]["AppChanges"]
     assert not [key for key, kind in changes["properties"].items() if "default" in kind]
