@@ -165,6 +165,7 @@ async def test_a_database_that_cannot_be_used_is_told_wherever_that_is_named(con
 
     with monkeypatch.context() as patched:
         patched.setattr(control.services.database, "_engine", Broken())
+        await comes(client, 503, ("GET", "/readyz"))
         for operation in of(status):
             await comes(client, status, operation, **(GUESS if operation[1].endswith("/bootstrap") else {}))
 
