@@ -74,8 +74,8 @@ def unless_none(parse: Callable[[object], Any]) -> Callable[[object], Any]:
 text = written("a string", r"[^\0]*", str)
 path = written("an absolute path without '..'", r"(/(?!\.\.(/|$))[^/\0]*)+", lambda value: value.rstrip("/") or "/")
 boolean = written("true or false", "(?i:true|false)", lambda value: value.lower() == "true", bool)
-_SIZE = "[1-9][0-9]{0,11}[kmgtKMGT]"
-size = written('a size such as "512m"', _SIZE, lambda value: int(value[:-1]) << _SHIFTS[value[-1].lower()])
+SIZE = "[1-9][0-9]{0,11}[kmgtKMGT]"
+size = written('a size such as "512m"', SIZE, lambda value: int(value[:-1]) << _SHIFTS[value[-1].lower()])
 _CORES = r"(?!0+(\.0([0-4][0-9]?)?)?$)[0-9]{1,4}(\.[0-9]{1,3})?"  # protocol.LEAST_CPU
 cpu = written("a number of cores, at least 0.05", _CORES, lambda value: round(float(value) * 1000), int, float)
 

@@ -9,11 +9,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blockyard_api.errors import BlockyardError, TooMany, Unauthorized, Unavailable
 from blockyard_api.http import account, apps, bundles, system
-from blockyard_api.http.models import ErrorBody
+from blockyard_api.http.refusals import ELSEWHERE
 from blockyard_api.http.services import Services
 
 log = logging.getLogger(__name__)
@@ -25,29 +26,23 @@ _HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 )
+_ROUTERS = (account.router, apps.router, bundles.router, system.router)
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "The request cannot be carried out as it stands"},
-    401: {"model": ErrorBody, "description": "No valid token"},
-    403: {"model": ErrorBody, "description": "Not allowed"},
-    404: {"model": ErrorBody, "description": "No such object, or none that the caller may see"},
-    409: {"model": ErrorBody, "description": "Contradicts the present state"},
-    410: {"model": ErrorBody, "description": "Was there once and never will be again"},
-    413: {"model": ErrorBody, "description": "Larger than the configuration allows"},
-    429: {"model": ErrorBody, "description": "Asked faster than one may; Retry-After says when to go on"},
-    503: {"model": ErrorBody, "description": "Cannot be done at the moment"},
-    507: {"model": ErrorBody, "description": "The disk is full"},
-}
 
 
 def build(services: Services) -> FastAPI:
     """Return the control plane as an ASGI application."""
     app = FastAPI(
-        title="Blockyard", version=version("blockyard"), docs_url=None, redoc_url=None, redirect_slashes=False
+        title="Blockyard",
+        version=version("blockyard"),
+        description=ELSEWHERE,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.services = services
-    for router in (account.router, apps.router, bundles.router, system.router):
-        app.include_router(router, responses=_ERRORS)
+    for router in _ROUTERS:
+        app.include_router(router)
     app.add_exception_handler(BlockyardError, _known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _plain)
@@ -95,11 +90,19 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     return _answer(400, "invalid_request", f"Correct {place!r:.100}: {first['msg']}.")
 
 
-async def _plain(_: Request, error: Exception) -> JSONResponse:
+async def _plain(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, HTTPException):
         raise error
     code = _CODES.get(error.status_code, "request_failed")
-    return _answer(error.status_code, code, f"{error.detail}; see /openapi.json for what there is.")
+    headers = {"Allow": _allowed(request)} if error.status_code == 405 else None
+    return _answer(error.status_code, code, f"{error.detail}; see /openapi.json for what there is.", headers)
+
+
+def _allowed(request: Request) -> str:
+    """Name the methods of an address: to the framework, each of them is a route of its own and knows no other."""
+    every = [*request.app.routes, *(route for router in _ROUTERS for route in router.routes)]
+    here = [each for each in every if isinstance(each, Route) and each.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in here for method in route.methods or ()}))
 
 
 async def _unknown(request: Request, error: Exception) -> JSONResponse:
@@ -108,9 +111,9 @@ async def _unknown(request: Request, error: Exception) -> JSONResponse:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """Return the document with 400 where FastAPI assumes 422: the contract's shape for what it cannot read."""
+    """Return the document without the 422 that FastAPI assumes: operations name a 400 where they can give one."""
     if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)

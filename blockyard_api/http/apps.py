@@ -14,6 +14,7 @@ from blockyard_api.clock import rfc3339
 from blockyard_api.errors import BadRequest, Forbidden, NotFound, Unavailable
 from blockyard_api.host import accounting
 from blockyard_api.http.models import AppBody, AppChanges, AppList, NewApp, Runtime, SessionBody, Stats, WorkerBody
+from blockyard_api.http.refusals import OF_CALLERS, refusals
 from blockyard_api.http.services import MAY_CHANGE, Caller, CallerFirst, OwnApp, Provided, Services, VisibleApp
 from blockyard_api.identity.tokens import Principal
 from blockyard_api.store.tables import workers as workers_table
@@ -21,7 +22,7 @@ from blockyard_api.workers.fleet import Fleet
 from blockyard_api.workers.life import State
 from blockyard_api.workers.worker import Worker
 
-router = APIRouter(prefix="/api/v1/apps", tags=["apps"], route_class=CallerFirst)
+router = APIRouter(prefix="/api/v1/apps", tags=["apps"], route_class=CallerFirst, responses=refusals(*OF_CALLERS))
 
 _ENDED_SHOWN = 20
 _SAMPLE = 0.2  # seconds between the two readings of a CPU counter
@@ -69,7 +70,7 @@ def _body(provided: Services, app: App, principal: Principal) -> AppBody:
     )
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, responses=refusals(400, 403, 409, 413))
 async def create(new: NewApp, provided: Provided, principal: Caller) -> AppBody:
     """Make an app; it has no bundle yet and is visible to its owner alone."""
     if principal.role not in ("admin", "publisher"):
@@ -77,7 +78,7 @@ async def create(new: NewApp, provided: Provided, principal: Caller) -> AppBody:
     return _body(provided, await provided.catalog.create(new.name, principal.sub), principal)
 
 
-@router.get("")
+@router.get("", responses=refusals(400))
 async def list_apps(
     provided: Provided,
     principal: Caller,
@@ -102,13 +103,13 @@ async def list_apps(
     )
 
 
-@router.get("/{id}")
+@router.get("/{id}", responses=refusals(404))
 async def get(app: VisibleApp, provided: Provided, principal: Caller) -> AppBody:
     """Return one app."""
     return _body(provided, app, principal)
 
 
-@router.patch("/{id}")
+@router.patch("/{id}", responses=refusals(400, 403, 404, 409, 413))
 async def change(changes: AppChanges, app: OwnApp, provided: Provided, principal: Caller) -> AppBody:
     """Change settings; limits count for workers that start from now on."""
     wanted = changes.model_dump(exclude_unset=True)
@@ -173,7 +174,7 @@ def _still_allowed(provided: Services, app: App, user: str | None) -> bool:
     return provided.catalog.relation(app, None if user is None else Principal(user, "viewer")) is not None
 
 
-@router.delete("/{id}", status_code=204)
+@router.delete("/{id}", status_code=204, responses=refusals(403, 404))
 async def delete(app: OwnApp, provided: Provided) -> Response:
     """Delete an app and end its workers."""
     await provided.catalog.delete(app)
@@ -182,13 +183,13 @@ async def delete(app: OwnApp, provided: Provided) -> Response:
     return Response(status_code=204)
 
 
-@router.post("/{id}/enable")
+@router.post("/{id}/enable", responses=refusals(403, 404))
 async def enable(app: OwnApp, provided: Provided, principal: Caller) -> AppBody:
     """Let visitors in again."""
     return await _switch(app, provided, principal, enabled=True)
 
 
-@router.post("/{id}/disable")
+@router.post("/{id}/disable", responses=refusals(403, 404))
 async def disable(app: OwnApp, provided: Provided, principal: Caller) -> AppBody:
     """Answer 503 to every visitor and end the app's workers and open WebSockets."""
     return await _switch(app, provided, principal, enabled=False)
@@ -203,7 +204,7 @@ async def _switch(app: App, provided: Services, principal: Principal, *, enabled
     return _body(provided, changed, principal)
 
 
-@router.get("/{id}/logs", response_class=StreamingResponse, responses={200: _LOG})
+@router.get("/{id}/logs", response_class=StreamingResponse, responses={200: _LOG, **refusals(400, 403, 404)})
 async def logs(
     app: OwnApp,
     provided: Provided,
@@ -245,7 +246,7 @@ async def _whose_log(provided: Services, app: App, wanted: str) -> str | None:
     return found
 
 
-@router.get("/{id}/runtime")
+@router.get("/{id}/runtime", responses=refusals(403, 404))
 async def runtime(app: OwnApp, provided: Provided) -> Runtime:
     """Return what the app's workers do, and the last ones that ended."""
     starting = [worker.id for worker in provided.fleet.of(app.id) if worker.state is State.STARTING]

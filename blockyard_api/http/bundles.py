@@ -11,10 +11,11 @@ from blockyard_api.clock import rfc3339
 from blockyard_api.errors import BadRequest, NotFound
 from blockyard_api.http.apps import get
 from blockyard_api.http.models import Accepted, AppBody, BundleBody, BundleList, Rollback, TaskBody
+from blockyard_api.http.refusals import OF_CALLERS, refusals
 from blockyard_api.http.services import MAY_CHANGE, Caller, CallerFirst, OwnApp, Provided, Services
 from blockyard_api.identity.tokens import Principal
 
-router = APIRouter(prefix="/api/v1", tags=["bundles"], route_class=CallerFirst)
+router = APIRouter(prefix="/api/v1", tags=["bundles"], route_class=CallerFirst, responses=refusals(*OF_CALLERS))
 
 _UPLOAD = {
     "requestBody": {
@@ -25,7 +26,7 @@ _UPLOAD = {
 }
 
 
-@router.post("/apps/{id}/bundles", status_code=202, openapi_extra=_UPLOAD)
+@router.post("/apps/{id}/bundles", status_code=202, openapi_extra=_UPLOAD, responses=refusals(400, 403, 404, 413))
 async def upload(request: Request, app: OwnApp, provided: Provided, principal: Caller) -> Accepted:
     """Take a bundle in and deploy it; the task tells how that goes."""
     length = request.headers.get("content-length", "")
@@ -39,7 +40,7 @@ async def upload(request: Request, app: OwnApp, provided: Provided, principal: C
     return Accepted(bundle_id=bundle, task_id=task)
 
 
-@router.get("/apps/{id}/bundles")
+@router.get("/apps/{id}/bundles", responses=refusals(403, 404))
 async def list_bundles(app: OwnApp, provided: Provided) -> BundleList:
     """Name an app's bundles, newest first."""
     return BundleList(
@@ -60,7 +61,7 @@ async def list_bundles(app: OwnApp, provided: Provided) -> BundleList:
     )
 
 
-@router.post("/apps/{id}/rollback")
+@router.post("/apps/{id}/rollback", responses=refusals(400, 403, 404, 409, 413))
 async def rollback(wish: Rollback, app: OwnApp, provided: Provided, principal: Caller) -> AppBody:
     """Serve an earlier bundle; running sessions end on the one they began with."""
     return await get(await provided.deployments.rollback(app, wish.bundle_id), provided, principal)
@@ -76,14 +77,18 @@ async def _task(task_id: str, provided: Services, principal: Principal) -> Task:
     return task
 
 
-@router.get("/tasks/{task_id}")
+@router.get("/tasks/{task_id}", responses=refusals(404))
 async def get_task(task_id: str, provided: Provided, principal: Caller) -> TaskBody:
     """Return a deployment's progress."""
     task = await _task(task_id, provided, principal)
     return TaskBody.model_validate({"id": task.id, "status": task.status, "created_at": rfc3339(task.created_at)})
 
 
-@router.get("/tasks/{task_id}/logs", response_class=StreamingResponse, responses={200: {"content": {"text/plain": {}}}})
+@router.get(
+    "/tasks/{task_id}/logs",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/plain": {}}}, **refusals(404)},
+)
 async def task_logs(task_id: str, provided: Provided, principal: Caller) -> StreamingResponse:
     """Send a deployment's log while it grows, and the caller's token counts."""
     task = await _task(task_id, provided, principal)

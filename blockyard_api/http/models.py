@@ -1,14 +1,32 @@
 """The shapes of the HTTP contract."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from blockyard_api.apps.catalog import LEAST_CPU
+from blockyard_api.apps.naming import NAME, RULE
+from blockyard_spawner.config import SIZE
 
 Text = Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Lines = Annotated[str, StringConstraints(max_length=10_000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f]*$")]
+# Two rules that the catalogue insists on, with codes and sentences of its own: here they are merely told.
+Name = Annotated[
+    str,
+    StringConstraints(max_length=255),
+    Field(description=RULE, json_schema_extra={"pattern": f"^(?:{NAME.pattern})$", "maxLength": 63}),
+]
+Size = Annotated[
+    str,
+    StringConstraints(max_length=16),
+    Field(
+        description='Bytes with a unit, such as "512m"; less than 1024t',
+        json_schema_extra={"pattern": f"^(?:{SIZE})$", "maxLength": 13},
+    ),
+]
+Uuid = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
+Time = Annotated[str, Field(description="UTC, ending in Z", json_schema_extra={"format": "date-time"})]
 
 
 class Closed(BaseModel):
@@ -35,20 +53,28 @@ class ErrorBody(BaseModel):
 class NewApp(Closed):
     """An app to be made."""
 
-    name: Annotated[str, StringConstraints(max_length=255)]
+    name: Name
+
+
+def _without_defaults(schema: dict[str, Any]) -> None:
+    """Tell no defaults: what is not sent stays as it is."""
+    for each in schema["properties"].values():
+        each.pop("default", None)
 
 
 class AppChanges(Closed):
-    """Settings to change; null takes a limit back to the server's default."""
+    """Settings to change; what is not sent stays, and null takes a limit back to the server's default."""
 
-    name: Annotated[str, StringConstraints(max_length=255)] = ""
+    model_config = ConfigDict(json_schema_extra=_without_defaults)
+
+    name: Name = ""
     title: Text = ""
     description: Lines = ""
     access_type: Literal["public", "logged_in", "acl"] = "acl"
     max_workers_per_app: Annotated[int, Field(ge=1, le=10_000)] | None = None
     max_sessions_per_worker: Annotated[int, Field(ge=1, le=10_000)] = 1
-    memory_limit: Annotated[str, StringConstraints(max_length=16)] | None = None
-    cpu_limit: Annotated[float, Field(ge=LEAST_CPU, le=1024)] | None = None
+    memory_limit: Size | None = None
+    cpu_limit: Annotated[float, Field(ge=LEAST_CPU, le=1024, description="Cores, to a thousandth")] | None = None
     pre_warmed_sessions: Annotated[int, Field(ge=0, le=1000)] = 0
     network: Literal["host", "none"] | None = None
     scratch_copy: bool = False
@@ -59,7 +85,7 @@ class AppChanges(Closed):
 class AppBody(BaseModel):
     """An app as its callers see it."""
 
-    id: str
+    id: Uuid
     name: str
     owner: str
     access_type: str
@@ -76,8 +102,8 @@ class AppBody(BaseModel):
     backend: str | None
     enabled: bool
     refresh_schedule: str
-    created_at: str
-    updated_at: str
+    created_at: Time
+    updated_at: Time
     status: Literal["running", "stopped", "stopping"]
     setback: str | None = Field(description="Why its workers fail, if they do; told to those who may change it")
     tags: list[str]
@@ -105,9 +131,9 @@ class BundleBody(BaseModel):
     """One upload of an app."""
 
     id: str
-    app_id: str
+    app_id: Uuid
     status: Literal["pending", "building", "ready", "failed"]
-    uploaded_at: str
+    uploaded_at: Time
     deployed_by: str
     pinned: bool
     reason: str | None = Field(description="Why its deployment failed, one sentence")
@@ -130,14 +156,14 @@ class TaskBody(BaseModel):
 
     id: str
     status: Literal["running", "completed", "failed"]
-    created_at: str
+    created_at: Time
 
 
 class SessionBody(BaseModel):
     """A visitor on a worker."""
 
     user: str | None
-    started_at: str
+    started_at: Time
     websockets: int
 
 
@@ -155,9 +181,9 @@ class WorkerBody(BaseModel):
     id: str
     bundle_id: str
     status: Literal["active", "draining", "ended"]
-    started_at: str
-    idle_since: str | None
-    ended_at: str | None
+    started_at: Time
+    idle_since: Time | None
+    ended_at: Time | None
     end_reason: str | None
     stats: Stats | None
     limits_hit: list[str] = Field(description="What a running worker ran into, a sentence for each limit")
@@ -173,7 +199,7 @@ class Runtime(BaseModel):
     total_views: int
     recent_views: int = Field(description="Of the last 7 days, to the hour")
     unique_visitors: int = Field(description="Since the app was made; exact up to 1,024, estimated beyond")
-    last_deployed_at: str | None
+    last_deployed_at: Time | None
 
 
 class UserBody(BaseModel):
@@ -195,11 +221,11 @@ class NewToken(Closed):
 class TokenBody(BaseModel):
     """A token, without its plain text."""
 
-    id: str
+    id: Uuid
     name: str
-    created_at: str
-    expires_at: str
-    last_used_at: str | None
+    created_at: Time
+    expires_at: Time
+    last_used_at: Time | None
 
 
 class TokenList(BaseModel):
@@ -279,7 +305,7 @@ class CheckRun(BaseModel):
     """One run of all start-up checks."""
 
     severity: Literal["ok", "info", "warning", "error"] = Field(description="The worst of them")
-    began_at: str
+    began_at: Time
     seconds: float
     checks: list[CheckBody]
     isolation: str = Field(description="One line that sums up what apps are isolated by here, and by what not")

@@ -1,10 +1,11 @@
 """What the routes work with, and who calls them."""
 
+import contextlib
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Path, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -13,14 +14,14 @@ from blockyard_api.apps.catalog import App, Catalog
 from blockyard_api.backends.spawner import Spawner
 from blockyard_api.bundles.deploy import Deployments
 from blockyard_api.checks.runner import Checks
-from blockyard_api.errors import Forbidden, NotFound, Unauthorized
+from blockyard_api.errors import Forbidden, NotFound, OutOfSpace, Unauthorized
 from blockyard_api.http.streams import Streams
 from blockyard_api.identity.tokens import Principal, Tokens
 from blockyard_api.relay.origin import original_address
 from blockyard_api.sessions.address import Addresses
 from blockyard_api.sessions.registry import Sessions
 from blockyard_api.settings import Settings
-from blockyard_api.store.database import Database
+from blockyard_api.store.database import Database, StoreUnavailable
 from blockyard_api.workers.fleet import Fleet
 from blockyard_api.workers.log import Logs
 
@@ -74,6 +75,15 @@ async def visitor(
     return await provided.tokens.authenticate(credentials.credentials, client_address(request, provided))
 
 
+async def recognised(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> Principal | None:
+    """Return who calls; None for nobody, and for somebody whom the database cannot tell at the moment."""
+    with contextlib.suppress(StoreUnavailable, OutOfSpace):
+        return await visitor(request, credentials)
+    return None
+
+
 def caller(principal: Annotated[Principal | None, Depends(visitor)]) -> Principal:
     """Return who calls. Raises Unauthorized."""
     if principal is None:
@@ -81,7 +91,11 @@ def caller(principal: Annotated[Principal | None, Depends(visitor)]) -> Principa
     return principal
 
 
-def visible_app(request: Request, id: str, principal: Annotated[Principal, Depends(caller)]) -> App:  # noqa: A002 - the contract's name
+def visible_app(
+    request: Request,
+    id: Annotated[str, Path(description="The app's UUID or its name, also a former one")],  # noqa: A002 - the contract's name
+    principal: Annotated[Principal, Depends(caller)],
+) -> App:
     """Return the app of the path, if the caller may see it. Raises NotFound."""
     catalog = services(request).catalog
     app = catalog.find(id)
@@ -111,7 +125,7 @@ def administrator(principal: Annotated[Principal, Depends(caller)]) -> Principal
 Provided = Annotated[Services, Depends(services)]
 ClientAddress = Annotated[str, Depends(client_address)]
 Caller = Annotated[Principal, Depends(caller)]
-Visitor = Annotated[Principal | None, Depends(visitor)]
+Recognised = Annotated[Principal | None, Depends(recognised)]
 Administrator = Annotated[Principal, Depends(administrator)]
 VisibleApp = Annotated[App, Depends(visible_app)]
 OwnApp = Annotated[App, Depends(own_app)]

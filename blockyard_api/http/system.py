@@ -13,7 +13,8 @@ from blockyard_api.clock import rfc3339
 from blockyard_api.errors import BlockyardError, NotFound
 from blockyard_api.host import units
 from blockyard_api.http.models import CheckBody, CheckRun, Ready, SpawnerBody, SystemStatus, UnitBody, WorkerCount
-from blockyard_api.http.services import Administrator, Provided, Services, Visitor
+from blockyard_api.http.refusals import OF_CALLERS, refusals
+from blockyard_api.http.services import Administrator, Provided, Recognised, Services
 
 router = APIRouter(tags=["system"])
 
@@ -24,8 +25,14 @@ async def healthz() -> str:
     return "ok"
 
 
-@router.get("/readyz", response_model=Ready, response_model_exclude_none=True, responses={503: {"model": Ready}})
-async def readyz(provided: Provided, principal: Visitor, response: Response) -> Ready:
+@router.get(
+    "/readyz",
+    response_model=Ready,
+    response_model_exclude_none=True,
+    responses={**refusals(401, 429), 503: {"model": Ready, "description": "Apps cannot be served at the moment"}},
+    openapi_extra={"security": [{}]},  # or without a token
+)
+async def readyz(provided: Provided, principal: Recognised, response: Response) -> Ready:
     """Say whether apps can be served; authenticated callers learn what is wrong."""
     checks = {"database": await _database(provided), "spawner": await _spawner(provided)}
     ready = all(words == "ok" for words in checks.values())
@@ -50,7 +57,7 @@ async def _spawner(provided: Services) -> str:
     return "ok" if provided.fleet.adopted.is_set() else "workers of an earlier run are being taken over"
 
 
-@router.get("/api/v1/system/status")
+@router.get("/api/v1/system/status", responses=refusals(403, *OF_CALLERS))
 async def status(provided: Provided, _: Administrator) -> SystemStatus:
     """Show the server at a glance."""
     identity: Identity | None = None
@@ -82,13 +89,13 @@ async def status(provided: Provided, _: Administrator) -> SystemStatus:
     )
 
 
-@router.get("/api/v1/system/checks")
+@router.get("/api/v1/system/checks", responses=refusals(403, 409, *OF_CALLERS))
 async def checks(provided: Provided, _: Administrator) -> CheckRun:
     """Show what the latest run of the start-up checks found; where there was none yet, run them."""
     return _check_run(provided.checks.latest or await provided.checks.run())
 
 
-@router.post("/api/v1/system/checks/run")
+@router.post("/api/v1/system/checks/run", responses=refusals(403, 409, *OF_CALLERS))
 async def run_checks(provided: Provided, _: Administrator) -> CheckRun:
     """Run the start-up checks now, which takes some seconds; 409 while another run is under way."""
     return _check_run(await provided.checks.run())

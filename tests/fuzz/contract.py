@@ -1,4 +1,4 @@
-"""The control plane held against its own OpenAPI document, over TCP, with a token and without."""
+"""The control plane held against its own OpenAPI document, over TCP: an administrator, a guest, a guesser, nobody."""
 
 import asyncio
 import contextlib
@@ -24,10 +24,13 @@ from schemathesis.specs.openapi import checks
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "api"))
 
+from fake_spawner import FakeSpawner
 from running_control import Control
+from sqlalchemy import insert
 
 from blockyard_api.http.server import server
 from blockyard_api.store import migrate
+from blockyard_api.store.tables import users
 
 _CHECKS = [
     not_a_server_error,
@@ -36,7 +39,7 @@ _CHECKS = [
     checks.response_headers_conformance,
     checks.response_schema_conformance,
 ]
-_LAST = {("DELETE", "/api/v1/users/me/tokens")}  # would end the administrator's own token
+_LAST = {("DELETE", "/api/v1/users/me/tokens")}  # would end the caller's own token
 _OURS = "plain"
 
 
@@ -50,7 +53,7 @@ class Live:
 
     def __init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="by-fuzz-"))
-        self.url = self.token = ""
+        self.url = self.token = self.guest = ""
         self._up = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._failure: BaseException | None = None
@@ -82,10 +85,17 @@ class Live:
         self._leave = asyncio.Event()
         template = self.directory / "blockyard.db"
         await asyncio.to_thread(migrate.upgrade, template)
-        control = await Control(template).start()
+        docker = FakeSpawner(self.directory / "d.sock", self.directory / "run")  # or apps could not be moved there
+        docker.start()
+        lines = f'docker.spawner_socket = "{docker.path}"\ndocker.runtime_dir = "{docker.runtime_dir}"'
+        # a run of the start-up checks takes all of its time here: there is no probe to answer
+        control = await Control(template, f'{lines}\nserver.preflight_timeout = "1s"').start()
         try:
             await control.app(_OURS)
             _, self.token = await control.services.tokens.create("admin", "fuzz")
+            async with control.services.database.begin() as connection:
+                await connection.execute(insert(users).values(sub="guest", role="viewer", created_at=0))
+            _, self.guest = await control.services.tokens.create("guest", "fuzz")
             sock = socket.create_server(("127.0.0.1", 0))
             serving = server(control.asgi, 1, control.services.streams.stop)
             task = asyncio.create_task(serving.serve(sockets=[sock]))
@@ -98,6 +108,7 @@ class Live:
             await task
         finally:
             await control.close()
+            await docker.close()
 
 
 @contextlib.contextmanager
@@ -123,15 +134,22 @@ class _Journal(logging.Handler):
 
 
 def openapi(seconds: float, seed: int) -> str:
-    """Every route, sound and unsound input, an administrator and a stranger: no 5xx, no traceback, shapes as told."""
+    """Every route, sound and unsound input, whoever calls: no 5xx, no traceback, statuses and shapes as told.
+
+    What an operation may answer is named in single statuses, of which many are seen; that all of them come about is
+    for the tests of the document, which bring about one after the other.
+    """
     journal, chance = _Journal(), random.Random(seed)
     logging.getLogger().addHandler(journal)
-    count, asked = 0, set()
+    count = 0
+    seen: dict[str, set[str]] = {}
     try:
         with live() as daemon:
             schema = schemathesis.openapi.from_url(f"{daemon.url}/openapi.json")
             operations = [result.ok() for result in schema.get_all_operations()]
             assert len(operations) > 20, operations
+            told = {operation.label: {*operation.definition.raw["responses"]} for operation in operations}
+            assert all(status.isdecimal() for each in told.values() for status in each), told  # no range, no default
             ways = [
                 (operation, operation.as_strategy(generation_mode=mode))
                 for operation in operations
@@ -145,20 +163,31 @@ def openapi(seconds: float, seed: int) -> str:
                     for operation, cases in ways:
                         if time.monotonic() > end and rounds:
                             break
-                        count += (some := _sweep(operation, cases, daemon, session, chance))
-                        asked |= {operation.label} if some else set()
+                        statuses = _sweep(operation, cases, daemon, session, chance)
+                        count += len(statuses)
+                        seen.setdefault(operation.label, set()).update(statuses)
                     rounds += 1
-            assert asked == {operation.label for operation in operations}
+            for label, statuses in told.items():
+                assert seen[label], f"{label} was not asked"
+                assert seen[label] <= statuses, label
+                assert not {"401", "429"} & statuses or {"401", "429"} & seen[label], label
             assert requests.get(f"{daemon.url}/healthz", timeout=10).text == "ok"
         assert not journal.entries, "\n".join(journal.entries[:3])
     finally:
         logging.getLogger().removeHandler(journal)
-    return f"{count} requests to {len(operations)} routes, {rounds} rounds"
+    some, named = (sum(map(len, each.values())) for each in (seen, told))
+    return f"{count} requests to {len(operations)} routes, {rounds} rounds, {some} of {named} statuses seen"
 
 
-def _sweep(operation, cases, daemon: Live, session: requests.Session, chance: random.Random) -> int:
-    count = 0
+def _sweep(operation, cases, daemon: Live, session: requests.Session, chance: random.Random) -> list[str]:
+    """Ask one operation some things, each on behalf of everybody; return the statuses of the answers."""
+    statuses: list[str] = []
     known = chance.random() < 0.6
+    callers = [{"Authorization": f"Bearer {token}"} for token in (daemon.token, daemon.guest, "by_wrong")] + [{}]
+    if known:  # it may have been deleted, or be hidden from the guest
+        apps = f"{daemon.url}/api/v1/apps"
+        session.post(apps, json={"name": _OURS}, headers=callers[0], timeout=20)
+        session.patch(f"{apps}/{_OURS}", json={"access_type": "public"}, headers=callers[0], timeout=20)
 
     @hypothesis.seed(chance.randrange(2**64))
     @hypothesis.settings(
@@ -170,18 +199,15 @@ def _sweep(operation, cases, daemon: Live, session: requests.Session, chance: ra
     )
     @hypothesis.given(cases)
     def ask(case) -> None:
-        nonlocal count
-        count += 1
         if known and "id" in case.path_parameters:
             case.path_parameters["id"] = _OURS
         last = (case.method.upper(), operation.path) in _LAST
-        for headers in ({"Authorization": f"Bearer {daemon.token}"}, {}):
-            if headers and last:
-                continue
+        for headers in callers[2:] if last else callers:
             if operation.path.endswith("/logs"):
                 case.query = {**(case.query or {}), "stream": "false"}
             case.headers.pop("Authorization", None)
             response = case.call(base_url=daemon.url, session=session, headers=headers, timeout=20)
+            statuses.append(str(response.status_code))
             assert "Traceback" not in response.text
             case.validate_response(response, checks=_CHECKS)
             if response.status_code >= 400 and operation.path != "/readyz":
@@ -189,4 +215,4 @@ def _sweep(operation, cases, daemon: Live, session: requests.Session, chance: ra
 
     with contextlib.suppress(Unsatisfiable):  # nothing is unsound where nothing can be said
         ask()
-    return count
+    return statuses

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 
+import httpx
 import pytest
 from running_control import Clock, Control, until
 
@@ -71,6 +72,17 @@ async def listening(control):
         yield serving
         serving.should_exit = True
         await running
+
+
+@pytest.fixture
+async def over_tcp(control, listening):
+    """An administrator's client; what ends it is the test's own timeout, since the clock stands still."""
+    _, plain = await control.services.tokens.create("admin", "test")
+    host, port = listening.address
+    async with httpx.AsyncClient(
+        base_url=f"http://{host}:{port}", headers={"Authorization": f"Bearer {plain}"}, timeout=None
+    ) as opened:
+        yield opened
 
 
 def _open():
