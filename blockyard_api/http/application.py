@@ -53,7 +53,7 @@ def build(services: Services) -> FastAPI:
 
 
 class _Headers:
-    """Adds the headers that every answer of the control plane carries."""
+    """Adds the headers that every answer of the control plane carries, and answers HEAD as GET: probes ask so."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -64,7 +64,9 @@ class _Headers:
                 message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
 
-        await self._app(scope, receive, with_headers)
+        # the server, which keeps its own scope, leaves the body out
+        asked = {**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope
+        await self._app(asked, receive, with_headers)
 
 
 def _answer(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:

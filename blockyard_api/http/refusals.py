@@ -23,10 +23,11 @@ _REFUSALS: dict[int, dict[str, Any]] = {
 # A token is looked up in the database, for which even a read needs space on the disk: SQLite's index of its log.
 STORED = (503, 507)
 OF_CALLERS = (401, 429, *STORED)
-ELSEWHERE = """Each operation names what it may answer with. What is not an operation's own is answered alike, in the \
-shape of `ErrorBody`, and not named again: 404 for an address that is not here, 405 for a method that it does not \
-have, 500 for a fault of the server, which its journal explains; and, before a request is looked at, 400 for what is \
-no HTTP/1.1, 431 for a head above 64 KB, 429 and 503 where too many connections are open."""
+ELSEWHERE = """HEAD is answered as GET is, without the body. Each operation names what it may answer with. What is not \
+an operation's own is answered alike, in the shape of `ErrorBody`, and not named again: 404 for an address that is not \
+here, 405 for a method that it does not have, 500 for a fault of the server, which its journal explains; and, before a \
+request is looked at, 400 for what is no HTTP/1.1, 431 for a head above 64 KB, 429 and 503 where too many connections \
+are open."""
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:

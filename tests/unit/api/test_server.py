@@ -41,6 +41,17 @@ async def ok(connect, request=b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: 
     assert (await reader.read()).startswith(b"HTTP/1.1 200")
 
 
+async def test_a_probe_that_asks_by_head_gets_the_answer_without_its_body(connect):
+    reader, writer = await connect()
+    for request in (b"HEAD /readyz", b"HEAD /api/v1/apps", b"GET /healthz"):
+        writer.write(request + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+    writer.write(b"HEAD /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    *heads, rest = (await reader.read()).split(b"\r\n\r\n")
+    assert [int(head.rpartition(b"HTTP/1.1 ")[2][:3]) for head in heads] == [200, 401, 200, 200]
+    assert b"content-length: 0" not in heads[-1]
+    assert rest == b""
+
+
 @pytest.mark.parametrize("begun", [b"", b"GET / HT", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow: "])
 async def test_a_head_that_does_not_come_in_time_ends_its_connection(listening, connect, clock, begun):
     reader, writer = await connect()
