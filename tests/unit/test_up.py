@@ -67,9 +67,11 @@ def test_a_token_that_the_apis_user_cannot_read_is_not_sent(up, token):
     assert status == 0
 
 
-def test_the_command_that_is_printed_reads_the_token_as_the_apis_user(up, token):
-    told, _ = up.run(f"curl() {{ :; }}\ntoken={token} url=http://here\nannounce")
-    assert f'by login --server http://here --token "$(sudo -u blockyard cat {token})"; by logs hello' in told
+@pytest.mark.parametrize(("status", "as_user"), [(0, "sudo -u blockyard"), (1, "runuser -u blockyard --")])
+def test_the_command_that_is_printed_reads_the_token_as_the_apis_user(up, token, status, as_user):
+    there_or_not = f"curl() {{ :; }}\ncommand() {{ return {status}; }}\n"
+    told, _ = up.run(f"{there_or_not}token={token} url=http://here\nannounce")
+    assert f'by login --server http://here --token "$({as_user} cat {token})"; by logs hello' in told
 
 
 # --- the program
