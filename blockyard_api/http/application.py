@@ -104,7 +104,8 @@ def _allowed(request: Request) -> str:
     """Name the methods of an address: to the framework, each of them is a route of its own and knows no other."""
     every = [*request.app.routes, *(route for router in _ROUTERS for route in router.routes)]
     here = [each for each in every if isinstance(each, Route) and each.matches(request.scope)[0] is not Match.NONE]
-    return ", ".join(sorted({method for route in here for method in route.methods or ()}))
+    found = {method for route in here for method in route.methods or ()}
+    return ", ".join(sorted(found | {"HEAD"} if "GET" in found else found))
 
 
 async def _unknown(request: Request, error: Exception) -> JSONResponse:
