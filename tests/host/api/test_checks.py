@@ -378,6 +378,20 @@ def test_a_range_that_a_person_may_use_for_containers_is_a_warning(tmp_path):
         Path("/etc/subuid").write_text(before)
 
 
+def test_a_range_that_systemd_homed_gives_to_people_is_a_warning_while_that_runs(tmp_path):
+    text = "[process]\nworker_uid_range_start = 60200\nworker_uid_range_end = 60399\n"
+    given = context(tmp_path / "c", text)
+    homed = Path("/run/systemd/userdb/io.systemd.Home")
+    homed.parent.mkdir(parents=True, exist_ok=True)
+    says(judged(resources.uid_range, given), "ok")
+    with socket.socket(socket.AF_UNIX) as service:
+        service.bind(str(homed))
+        try:
+            says(judged(resources.uid_range, given), "warning", "60001-60513", "systemd-homed")
+        finally:
+            homed.unlink()
+
+
 # --- limits
 
 
@@ -497,6 +511,13 @@ def test_a_listener_that_only_a_firewall_before_the_host_keeps_from_the_world_is
     pair = checked()
     port = network.listen("0.0.0.0")
     says(found(pair, "worker_egress"), "warning", f"127.0.0.1 port {port}")
+
+
+def test_more_listening_ports_than_are_tried_are_told(checked, network):
+    pair = checked()
+    for _ in range(510):
+        network.listen("127.0.0.1")
+    says(found(pair, "worker_egress"), "warning", "Not tried: 10 further listening ports")
 
 
 def test_whether_a_worker_on_the_hosts_network_reaches_abstract_sockets_is_told(usual):
