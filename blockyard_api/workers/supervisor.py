@@ -200,8 +200,6 @@ def _sentence(worker: Worker, result: Result) -> str:
     if why != "exited":
         return why
     number = result.signal
-    if number is None and result.status is not None and result.status > 128:  # as a shell and bwrap report a signal
-        number = result.status - 128
     if number is None and result.status is None:
         return "exited while the spawner was away"
     how = f"exited with status {result.status}" if number is None else f"was ended by signal {number}"

@@ -257,6 +257,14 @@ async def test_a_memory_kill_is_told_with_the_limit_that_was_hit(control):
     assert worker.end_reason == "used more than 512 MB of memory"
 
 
+async def test_a_status_that_is_no_signal_is_told_as_the_app_gave_it(control):
+    await control.app()
+    worker = control.worker_of(await control.visit())
+    control.spawner.exit(worker.id, 255)
+    await worker.ended.wait()
+    assert worker.end_reason == "exited with status 255"
+
+
 async def test_a_log_that_cannot_be_written_does_not_end_the_worker(control):
     await control.app()
     control.spawner.serves = False
