@@ -236,7 +236,8 @@ async def logs(
 
 async def _whose_log(provided: Services, app: App, wanted: str) -> str | None:
     """Return the id of the worker that is wanted, or that is of most interest; None if there is none."""
-    if not wanted and (living := provided.fleet.most_telling(app.id)) is not None:
+    living = provided.fleet.find(wanted) if wanted else provided.fleet.most_telling(app.id)
+    if living is not None and living.app_id == app.id and provided.logs.grows(living.id):  # it may have no row yet
         return living.id
     query = select(workers_table.c.id).where(workers_table.c.app_id == app.id)
     if wanted:

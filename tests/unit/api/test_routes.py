@@ -226,6 +226,20 @@ async def shown_as(client):
     return app["status"], app["setback"]
 
 
+async def test_the_log_of_a_worker_that_only_just_starts_is_there_and_nobody_elses(control, client):
+    await control.app("other")
+    await control.app()
+    control.spawner.hold.add("spawn")
+    visit = asyncio.create_task(control.ask("/app/plain/"))
+    await until(lambda: control.spawner.held)
+    (starting,) = control.fleet.all()
+    asked = {"worker_id": starting.id, "stream": False}
+    assert (await client.get("/api/v1/apps/plain/logs", params=asked)).status_code == 200
+    assert (await client.get("/api/v1/apps/other/logs", params=asked)).status_code == 404
+    control.spawner.release()
+    assert (await visit).forwarded
+
+
 @pytest.mark.parametrize("warm", [False, True])
 async def test_an_app_that_fails_at_every_start_is_stopped_and_says_why(control, client, clock, warm):
     await control.app()
