@@ -6,6 +6,7 @@ import re
 ALONE = {
     "debian12": (
         "test_1_units.py::test_a_stranger_",
+        "test_3_limits.py",
         "test_35_told.py::test_a_full_",
         "test_35_told.py::test_no_secret_",
         "test_35_told.py::test_the_workers_",
