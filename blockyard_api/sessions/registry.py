@@ -223,15 +223,14 @@ class Sessions:
         """
         old = session.worker
         worker = self._fleet.place(app, session.key, holder(principal, client))
+        session.worker = worker
+        self._let_lapse_once_it_serves(session)
         if worker is not old:
-            session.worker = worker
             session.earlier = [other for other in session.earlier if other is not worker]
             if session.open_on(old):
                 session.earlier.append(old)
             else:
                 self._fleet.leave(old, session.key)
-        self._let_lapse_once_it_serves(session)
-        if worker is not old:
             await self._record(
                 update(table).where(table.c.hash == session.key).values(worker_id=worker.id, ended_at=None)
             )

@@ -57,9 +57,7 @@ def status() -> dict[str, str]:
 
 def landlock() -> int:
     """Return the version of Landlock that the kernel has, or 0."""
-    return max(
-        0, int(ctypes.CDLL(None).syscall(*map(ctypes.c_long, (LANDLOCK_CREATE_RULESET, 0, 0, LANDLOCK_VERSION))))
-    )
+    return max(0, int(ctypes.CDLL(None).syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_VERSION)))
 
 
 def typing(into: socket.socket) -> str:
