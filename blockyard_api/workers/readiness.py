@@ -6,16 +6,19 @@ from blockyard_api.backends.worker_socket import NotListening
 from blockyard_api.relay.gate import Upstream
 
 _HEADERS = b"Host: localhost\r\nX-Forwarded-Proto: http\r\nConnection: close\r\n"
+_FIRST_PAUSE, _LONGER = 0.005, 1.01  # seconds: 10 ms after half a second, which R takes, and 0.2 s after twenty
 _MOST = 1 << 20  # bytes of one answer that are read: enough for the page, so that the app is not cut off in writing it
 
 
-async def answers(upstream: Upstream, pause: float) -> None:
-    """Return once the worker has answered with HTTP; looks again every `pause` seconds. Raises UpstreamError.
+async def answers(upstream: Upstream) -> None:
+    """Return once the worker has answered with HTTP, at most a hundredth of its start later. Raises UpstreamError.
 
     Without an end of its own: the caller's deadline is the bound.
     """
-    while await status(upstream, b"/") is None:  # noqa: ASYNC110 - the directory may be entered but not watched
+    pause = _FIRST_PAUSE
+    while await status(upstream, b"/") is None:  # asked, since the directory may be entered but not watched
         await asyncio.sleep(pause)
+        pause *= _LONGER
 
 
 async def status(upstream: Upstream, target: bytes) -> bytes | None:

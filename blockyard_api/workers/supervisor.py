@@ -22,7 +22,6 @@ from blockyard_api.workers.worker import Worker
 from blockyard_spawner import protocol
 
 _GRACE = 5.0  # seconds an app has for onStop and onSessionEnded
-_LOOK_AGAIN = 0.01  # seconds between two looks for the socket: its directory may be entered but not watched
 _STOP_ATTEMPTS = 5
 _LAST_WORDS = 2.0  # seconds a pipe may stay open after its worker's end
 # Refusals that are the host's fault or the container engine's, and no app's.
@@ -161,7 +160,7 @@ class Supervisor:
     async def _becomes_ready(self, worker: Worker) -> bool:
         """Wait for the app's own answer; one that does not come, or cannot be asked for, is the worker's end."""
         within = self._start_timeout
-        probe = asyncio.create_task(answers(worker.upstream, _LOOK_AGAIN))
+        probe = asyncio.create_task(answers(worker.upstream))
         either: list[asyncio.Future[Any]] = [probe, worker.over]
         try:
             await asyncio.wait(either, timeout=within, return_when=asyncio.FIRST_COMPLETED)
