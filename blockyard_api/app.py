@@ -30,7 +30,7 @@ from blockyard_api.sessions.address import Addresses
 from blockyard_api.sessions.gate import AppGate
 from blockyard_api.sessions.registry import Session, Sessions
 from blockyard_api.settings import Settings
-from blockyard_api.store import database
+from blockyard_api.store import database, place
 from blockyard_api.workers.fleet import Fleet
 from blockyard_api.workers.log import Logs
 from blockyard_api.workers.records import Records
@@ -52,24 +52,6 @@ class Built:
     streams: Streams
 
 
-def prepare_state(state_dir: Path) -> None:
-    """Make the directories below the state directory, with their modes.
-
-    A worker's uid passes through those with 0711 and lists none of them (facts: bwrap resolves a descriptor's path as
-    the worker's uid); the names below are unguessable.
-    """
-    modes = {"": 0o711, "bundles": 0o711, "libraries": 0o711, "uploads": 0o700, "logs": 0o700}
-    for name, mode in modes.items():
-        directory = state_dir / name
-        directory.mkdir(mode=mode, exist_ok=True)
-        directory.chmod(mode)  # UMask= has masked what mkdir was told
-
-
-def database_path(settings: Settings) -> Path:
-    """Return where the database is."""
-    return Path(settings.database.path or f"{settings.storage.state_dir}/blockyard.db")
-
-
 @asynccontextmanager
 async def running(
     settings: Settings,
@@ -82,8 +64,8 @@ async def running(
     `listening` are the addresses of the control plane and of the relay, for the checks.
     """
     state_dir = Path(settings.storage.state_dir)
-    prepare_state(state_dir)
-    async with database.opened(database_path(settings)) as store, asyncio.TaskGroup() as tasks:
+    place.prepare_state(state_dir)
+    async with database.opened(place.database_path(settings)) as store, asyncio.TaskGroup() as tasks:
         spawners = {
             "process": Spawner(settings.process.spawner_socket, units.revive_spawner),
             "docker": Spawner(settings.docker.spawner_socket, _never),  # its socket unit starts it

@@ -89,3 +89,13 @@ class OutOfSpace(BlockyardError):
     """The disk is full: nothing was kept of what was being written."""
 
     status = 507
+
+
+class NotStarted(BlockyardError):
+    """The start-up checks found errors; `passing` says that each is of a kind that may be over in a moment."""
+
+    status = 503
+
+    def __init__(self, code: str, message: str, *, passing: bool) -> None:
+        super().__init__(code, message)
+        self.passing = passing

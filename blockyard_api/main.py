@@ -1,38 +1,21 @@
 """Entry point of `blockyard-api`: serve, or make tokens."""
 
 import argparse
-import asyncio
-import contextlib
 import logging
 import os
 import resource
-import signal
-import socket
 import sys
-import time
 from pathlib import Path
 
 import prctl
 import uvloop
 
-from blockyard_api import app, settings
-from blockyard_api.checks.result import Result
-from blockyard_api.checks.runner import Checks, Run
-from blockyard_api.errors import BlockyardError
-from blockyard_api.host.notify import ServiceManager, take_passed
-from blockyard_api.http import server
+from blockyard_api import settings
+from blockyard_api.errors import BlockyardError, NotStarted
 from blockyard_api.identity.tokens import Tokens
 from blockyard_api.settings import Settings
-from blockyard_api.store import database
+from blockyard_api.store import database, place
 from blockyard_spawner.config import DEFAULT_PATH, ConfigError
-
-_BACKLOG = 2048
-_TURN_AWAY_WITHIN, _EACH_WITHIN = 2.0, 0.1  # seconds
-_REASON = b'{"error": "not_started", "message": "The server does not start; its journal says why."}'
-_NOT_STARTED = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n"
-_NOT_STARTED += b"Cache-Control: no-store\r\nContent-Length: %d\r\n\r\n%b" % (len(_REASON), _REASON)
-
-log = logging.getLogger("blockyard_api")
 
 
 def main() -> None:
@@ -48,20 +31,18 @@ def main() -> None:
         else:
             logging.basicConfig(level=configured.server.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
             logging.getLogger("aiosqlite").setLevel(logging.WARNING)
-            if failed := uvloop.run(_serve(configured)):
-                # 2 is not tried again by systemd: what a person has to see to does not go away by itself
-                sys.exit(_complain(_refusal(failed), 1 if all(result.passing for result in failed) else 2))
+            from blockyard_api import serving  # noqa: PLC0415 - half a second, which a token need not wait for
+
+            uvloop.run(serving.serve(configured))
     except ConfigError as error:
         sys.exit(_complain(str(error), 2))
+    except NotStarted as error:
+        # 2 is not tried again by systemd: what a person has to see to does not go away by itself
+        sys.exit(_complain(error.message, 1 if error.passing else 2))
     except BlockyardError as error:
         sys.exit(_complain(error.message, 1))
     except OSError as error:
         sys.exit(_complain(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1))
-
-
-def _refusal(failed: list[Result]) -> str:
-    found = " ".join(f"{result.name}: {result.fact} {result.remedy}" for result in failed)
-    return f"not started, since checks found errors. {found} To start all the same: server.skip_preflight = true."
 
 
 def _complain(sentence: str, status: int) -> int:
@@ -85,8 +66,8 @@ def _arguments() -> argparse.Namespace:
 
 async def _token(configured: Settings, *, bootstrap: bool) -> str:
     state_dir = Path(configured.storage.state_dir)
-    app.prepare_state(state_dir)
-    async with database.opened(app.database_path(configured)) as store:
+    place.prepare_state(state_dir)
+    async with database.opened(place.database_path(configured)) as store:
         tokens = Tokens(store)
         if bootstrap:
             return await tokens.offer_bootstrap()
@@ -97,96 +78,6 @@ async def _token(configured: Settings, *, bootstrap: bool) -> str:
         with os.fdopen(descriptor, "w") as file:
             file.write(plain + "\n")
     return str(path)
-
-
-async def _serve(configured: Settings) -> list[Result]:
-    """Serve until told to stop; return the errors of the start-up checks, if they kept it from serving."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a WebSocket takes two; the usual soft limit is 1024
-    sockets, log_pipes = take_passed(os.environ)
-    manager = ServiceManager(os.environ)
-    if not sockets:
-        sockets = [_listen(configured.server.bind), _listen(configured.proxy.bind)]
-    if len(sockets) != 2:
-        raise ConfigError(f"{len(sockets)} sockets were passed; pass two: the control plane's and the relay's.")
-    control, relayed = sockets
-    listening = tuple(sock.getsockname()[:2] for sock in sockets if sock.family != socket.AF_UNIX)
-    if listening != (configured.server.bind, configured.proxy.bind):
-        where = " and ".join(f"{host}:{port}" for host, port in listening) or "Unix sockets"
-        log.info("listening at %s, as passed by the service manager, not at server.bind and proxy.bind", where)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    stopping = loop.create_task(stop.wait())
-    async with app.running(configured, manager, log_pipes, listening) as built:
-        if configured.server.skip_preflight:
-            log.warning("the start-up checks are left out: server.skip_preflight is set; 'by admin check' runs them")
-        else:
-            checking = loop.create_task(_checked(built.checks))  # whoever connects meanwhile waits in a queue
-            await asyncio.wait([checking, stopping], return_when=asyncio.FIRST_COMPLETED)
-            if not checking.done():
-                checking.cancel()
-                return []
-            if failed := checking.result().errors:
-                await asyncio.to_thread(_turn_away, sockets)
-                return failed
-        await built.relay.listen(relayed)
-        api = server.server(built.control_plane, configured.server.shutdown_timeout, built.streams.stop)
-        serving = loop.create_task(api.serve(sockets=[control]))
-        watching = loop.create_task(_watchdog(manager))
-        manager.say("READY=1")
-        try:
-            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            manager.say("STOPPING=1")
-            api.should_exit = True
-            watching.cancel()
-            await serving
-    return []
-
-
-async def _checked(checks: Checks) -> Run:
-    """Run the start-up checks; what may be over in a moment is looked at once more, which costs less than a restart."""
-    run = await checks.run()
-    if run.errors and all(result.passing for result in run.errors):
-        log.warning("checks are run again: %s", ", ".join(result.name for result in run.errors))
-        run = await checks.run()
-    return run
-
-
-def _turn_away(sockets: list[socket.socket]) -> None:
-    """Answer those who wait, before a start is given up.
-
-    systemd would take them for a reason to start this daemon again at once, and again, for ever. Whoever comes later is
-    one: a cause that has gone is then noticed by itself, and otherwise StartLimitBurst= is the end.
-    """
-    until = time.monotonic() + _TURN_AWAY_WITHIN
-    for sock in sockets:
-        sock.setblocking(False)
-        while time.monotonic() < until:
-            try:
-                connection, _ = sock.accept()
-            except OSError:  # nobody is left
-                break
-            with connection, contextlib.suppress(OSError):  # it left by itself
-                connection.settimeout(_EACH_WITHIN)
-                connection.sendall(_NOT_STARTED)
-                connection.shutdown(socket.SHUT_WR)
-                connection.recv(65536)  # a close with something unread would take the answer back
-
-
-async def _watchdog(manager: ServiceManager) -> None:
-    """Tell systemd that the loop turns, twice as often as it asks for."""
-    microseconds = int(os.environ.pop("WATCHDOG_USEC", "0"))
-    while microseconds:
-        manager.say("WATCHDOG=1")
-        await asyncio.sleep(microseconds / 2_000_000)
-
-
-def _listen(address: tuple[str, int]) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    return socket.create_server(address, family=family, backlog=_BACKLOG)
 
 
 if __name__ == "__main__":

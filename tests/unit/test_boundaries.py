@@ -28,7 +28,7 @@ STANDARD |= {"stat", "struct", "subprocess", "sys", "time", "tomllib", "typing"}
 
 # The API's packages and modules, from the lowest to the highest: each imports only what stands before it.
 LAYERS = ["errors", "clock", "pages", "settings", "host", "relay", "store", "hardening", "identity", "backends", "apps"]
-LAYERS += ["workers", "bundles", "sessions", "checks", "http", "app", "cli", "main"]
+LAYERS += ["workers", "bundles", "sessions", "checks", "http", "app", "serving", "cli", "main"]
 
 
 def imported(path):
