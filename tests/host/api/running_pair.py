@@ -65,12 +65,13 @@ def archive(files):
 
 
 def wait_for(condition, seconds=20, what="the condition"):
+    """Ask again and again, more seldom the longer it takes: an emulated machine would do little else than answer."""
     seconds *= PATIENCE
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    began = time.monotonic()
+    while (passed := time.monotonic() - began) < seconds:
         if result := condition():
             return result
-        time.sleep(0.02)
+        time.sleep(min(max(0.02, passed / 20), 0.5))
     raise AssertionError(f"{what} did not come about within {seconds:.0f} s")
 
 

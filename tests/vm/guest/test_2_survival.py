@@ -10,8 +10,8 @@ from websockets.exceptions import ConnectionClosed
 
 COUNTS = """
 n <- 0
-tick <- function() { n <<- n + 1; message('count ', n); later::later(tick, 0.05) }
-later::later(tick, 0.05)
+tick <- function() { n <<- n + 1; message('count ', n); later::later(tick, 0.2) }
+later::later(tick, 0.2)
 onStop(function() message('put away'))
 """
 ECHOES = "function(input, output, session) observe(session$sendCustomMessage('echo', req(input$said)))"
@@ -98,7 +98,7 @@ def test_after_the_apis_kill_a_visitor_is_led_back_to_his_r_process(server, stay
 
 def test_no_line_of_its_log_was_lost_meanwhile(stay):
     reached = stay.counted()[-1]
-    wait_for(lambda: stay.counted()[-1] > reached + 20, 60, "twenty more lines")
+    wait_for(lambda: stay.counted()[-1] > reached + 5, 60, "more lines")
     kept = stay.counted()
     assert kept == list(range(1, len(kept) + 1))
 

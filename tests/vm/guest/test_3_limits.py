@@ -61,21 +61,6 @@ def test_a_memory_hog_is_ended_whole_and_told_as_out_of_memory(server, sibling):
     assert audit(worker=worker["id"])[-1]["BLOCKYARD_RESULT"] == "oom"
 
 
-def test_files_without_end_that_take_no_space_end_as_a_want_of_memory(server, sibling):
-    """A tmpfs may have as many as half of the machine's pages, whatever its size; each costs memory all the same."""
-    litter = "for place in /tmp /dev/shm; do (cd $place && seq 10000000 | xargs touch) & done"
-    server.deploy("litter", acts(f"system('{litter}', wait = FALSE)"), memory_limit="256m")
-
-    def ended():
-        sibling()
-        return [worker for worker in server.runtime("litter")["workers"] if worker["ended_at"]]
-
-    with server.visitor().shiny("litter"):
-        (worker,) = wait_for(ended, 300, "its end")
-    assert worker["end_reason"] == "used more than 256 MB of memory"
-    assert audit(worker=worker["id"])[-1]["BLOCKYARD_RESULT"] == "oom"
-
-
 def test_a_fork_bomb_stops_at_its_process_limit_and_ends_with_its_worker(server, sibling):
     bomb = "exec 2> /dev/null; b() { b | b & }; b"  # what it says would push what is said of it out of the log
     server.deploy("bomb", acts(f"system('{bomb}', wait = FALSE)"), memory_limit="1g")

@@ -68,16 +68,17 @@ def test_the_emergency_stop_ends_every_worker_and_its_start_lets_visitors_in_aga
 
 
 def test_a_worker_outlives_a_stop_of_the_api_and_goes_on_talking(server):
-    chatty = "tick <- function() { message('tick'); later::later(tick, 0.1) }\nlater::later(tick, 0.1)"
+    chatty = "tick <- function() { message('tick'); later::later(tick, 0.5) }\nlater::later(tick, 0.5)"
     server.deploy("chatty", simple_app(chatty))
-    assert server.visitor().get("/app/chatty/").status_code == 200
+    visitor = server.visitor()
+    assert visitor.get("/app/chatty/").status_code == 200
     worker = active(server, "chatty")[0]["id"]
     process = r_process(worker)
     systemctl("stop", "blockyard-api.socket", "blockyard-api.service")
     systemctl("start", "blockyard-api.socket")
     answers(server)
     assert [found["id"] for found in active(server, "chatty")] == [worker]
-    assert server.visitor().get("/app/chatty/").status_code == 200
+    assert visitor.get("/app/chatty/").status_code == 200
     assert r_process(worker) == process
 
     def log():

@@ -28,8 +28,8 @@ def entries(**fields):
 
 
 @contextlib.contextmanager
-def configured(server, *lines):
-    """Add keys, `section.key = value`, to the configuration for a while."""
+def configured(server, *lines, drop_in=None):
+    """Add keys, `section.key = value`, to the configuration for a while, and a drop-in to the API's unit."""
     before = CONFIG.read_text()
     text = before
     for line in lines:
@@ -37,9 +37,10 @@ def configured(server, *lines):
         text = text.replace(f"[{section}]\n", f"[{section}]\n{setting}\n")
     CONFIG.write_text(text)
     try:
-        systemctl("restart", API)
-        answers(server)
-        yield
+        with dropped_in(API, drop_in) if drop_in else contextlib.nullcontext():
+            systemctl("restart", API)
+            answers(server)
+            yield
     finally:
         CONFIG.write_text(before)
         systemctl("restart", API)
@@ -203,7 +204,5 @@ def test_redis_is_asked_by_the_probe_since_this_daemon_may_not_connect(server):
 def test_a_drop_in_lets_the_api_ask_redis_itself_where_workers_are_kept_from_it(server):
     text = "[Service]\nRestrictAddressFamilies=AF_INET AF_INET6\nIPAddressAllow=127.0.0.1\n"
     lines = ('redis.url = "redis://127.0.0.1:6379"', 'process.network = "none"')
-    with dropped_in(API, text), configured(server, *lines), redis():
+    with configured(server, *lines, drop_in=text), redis():
         says(checks(server)["redis_auth"], "error", "without a password")
-    systemctl("restart", API)
-    answers(server)
