@@ -54,8 +54,8 @@ def server(first_run):
 
 @pytest.fixture(scope="session")
 def plain(server):
-    """The name of an app that shows a plain page."""
-    server.deploy("plain", simple_app())
+    """The name of an app that shows a plain page; its visitors share a worker."""
+    server.deploy("plain", simple_app(), max_sessions_per_worker=100)
     return "plain"
 
 
@@ -64,7 +64,7 @@ def target(server):
     """The installed server, for the hostile tests."""
     return Target(
         server, Path("/etc/blockyard/blockyard.toml"), PYTHON, "blockyard", STATE, RUNTIME, WORKERS,
-        Path("/run/blockyard/spawner.sock"), tmp_size=256 << 20, processes=4_000,
+        Path("/run/blockyard/spawner.sock"), tmp_size=256 << 20, processes=1_500,
     )  # fmt: skip
 
 

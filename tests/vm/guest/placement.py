@@ -20,9 +20,9 @@ ALONE = {
         "test_4_operating.py::test_the_emergency_",
         "test_6_checks.py",
         "test_6_filter.py",
-        "test_7_firewall.py::test_an_app_without_a_network_",
         "test_7_firewall.py::test_in_the_forms_of_iptables_",
         "test_7_firewall.py::test_systemds_filter_",
+        "test_8_lockdown.py::test_the_holders_walls_",
         "test_9_end.py::test_removing_it_",
     ),
     "debian13": (
@@ -41,6 +41,7 @@ ALONE = {
         "test_8_apparmor.py::test_what_a_profile_",
         "test_8_docker_units.py",
         "test_8_harden.py",
+        "test_8_lockdown.py::test_an_app_uses_no_",
         "test_hostile_ends.py::test_a_swarm_",  # these two run on the host, too, which may be a Debian 12
         "test_hostile_ends.py::test_of_a_swarm_",
     ),

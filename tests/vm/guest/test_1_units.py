@@ -84,29 +84,33 @@ def test_the_sockets_start_the_daemons(server):
     assert [unit(name, "ActiveState") for name in DAEMONS] == ["active", "active"]
 
 
-def test_a_worker_lives_in_the_delegated_subtree_with_its_own_limits(server):
+@pytest.fixture(scope="module")
+def limited(server):
+    """The name of an app that has limits, and a worker."""
+    server.deploy("limited", simple_app(), memory_limit="300m", cpu_limit=1)
+    assert server.visitor().get("/app/limited/").status_code == 200
+    return "limited"
+
+
+def test_a_worker_lives_in_the_delegated_subtree_with_its_own_limits(server, limited):
     assert unit("blockyard-workers.service", "Delegate") == "yes"
     assert set((WORKERS / "cgroup.subtree_control").read_text().split()) >= {"memory", "pids", "cpu"}
     assert (WORKERS / "holder" / "cgroup.procs").read_text().strip()
-    server.deploy("limited", simple_app(), memory_limit="300m", cpu_limit=1)
-    assert server.visitor().get("/app/limited/").status_code == 200
-    worker = active(server, "limited")[0]["id"]
+    worker = active(server, limited)[0]["id"]
     assert knob(worker, "memory.max") == str(300 << 20)
     assert knob(worker, "memory.swap.max") == "0"
     assert knob(worker, "memory.oom.group") == "1"
     assert knob(worker, "pids.max") == "512"
     assert knob(worker, "cpu.max") == "100000 100000"
-    stats = server.workers("limited")[0]["stats"]
+    stats = server.workers(limited)[0]["stats"]
     assert stats["memory_limit_bytes"] == 300 << 20
     assert 0 < stats["memory_usage_bytes"] < 300 << 20
 
 
-def test_the_audit_tells_who_was_started_when_as_which_uid_and_how_it_ended(server, plain):
-    assert server.visitor().get(f"/app/{plain}/").status_code == 200
-    server.http.post(f"/api/v1/apps/{plain}/disable")
-    wait_for(lambda: not server.workers(plain), 60, "its end")
-    server.http.post(f"/api/v1/apps/{plain}/enable")
-    spawned, stopped, ended = audit(app=plain)
+def test_the_audit_tells_who_was_started_when_as_which_uid_and_how_it_ended(server, limited):
+    server.http.post(f"/api/v1/apps/{limited}/disable")
+    wait_for(lambda: not server.workers(limited), 60, "its end")
+    spawned, stopped, ended = audit(app=limited)
     assert [entry["BLOCKYARD_RESULT"] for entry in (spawned, stopped, ended)] == ["ok", "ok", "stopped"]
     for entry in (spawned, stopped, ended):
         assert entry["SYSLOG_IDENTIFIER"] == "blockyard-spawner"
@@ -119,11 +123,11 @@ def test_the_audit_tells_who_was_started_when_as_which_uid_and_how_it_ended(serv
     assert len({entry["MESSAGE_ID"] for entry in (spawned, stopped, ended)}) == 3
 
 
-def test_the_catalogue_explains_each_kind_of_entry(server, plain):
+def test_the_catalogue_explains_each_kind_of_entry(limited):
     query = ("journalctl", "--unit=blockyard-spawner", "--catalog", "--quiet")
-    explained = run(*query, f"BLOCKYARD_APP={plain}").stdout
+    explained = run(*query, f"BLOCKYARD_APP={limited}").stdout
     for words in ("has started", "is being stopped", "has ended: stopped"):
-        assert f"of app {plain} {words}" in explained
+        assert f"of app {limited} {words}" in explained
     assert "Blockyard's root helper has started" in run(*query).stdout
     assert "Subject: A request was refused" in run("journalctl", "--dump-catalog").stdout
 

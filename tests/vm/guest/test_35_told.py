@@ -103,20 +103,16 @@ def secretive(server, outside):
     for drop_in in drop_ins:
         drop_in.parent.mkdir(parents=True, exist_ok=True)
         drop_in.write_text(f"[Service]\nEnvironmentFile={secret}\n")
-    restarted(server)
+    systemctl("daemon-reload")
+    systemctl("restart", *DAEMONS)
+    answers(server)
     yield server
     config.write_text(before)
     for drop_in in drop_ins:
         drop_in.unlink()
         drop_in.parent.rmdir()
     secret.unlink()
-    restarted(server)
-
-
-def restarted(server):
-    systemctl("daemon-reload")
-    systemctl("restart", *DAEMONS)
-    answers(server)
+    systemctl("daemon-reload")  # the daemons are restarted soon enough
 
 
 def test_no_secret_of_the_server_is_in_anything_that_an_app_can_read(secretive):

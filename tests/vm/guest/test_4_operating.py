@@ -43,6 +43,9 @@ def test_no_connection_is_refused_while_the_api_restarts(server):
 
 
 def test_a_visitor_is_served_although_the_spawner_was_stopped(server, plain):
+    server.http.post(f"/api/v1/apps/{plain}/disable")
+    wait_for(lambda: not server.workers(plain), 60, "the end of all its workers")
+    server.http.post(f"/api/v1/apps/{plain}/enable")
     systemctl("stop", "blockyard-spawner.socket", "blockyard-spawner.service")
     assert unit("blockyard-spawner.service", "ActiveState") == "inactive"
     assert server.visitor().get(f"/app/{plain}/").status_code == 200

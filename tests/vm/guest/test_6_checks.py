@@ -7,6 +7,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import pytest
 from machine import answers, by, checks, dropped_in, run, systemctl, unit
 from running_pair import wait_for
 
@@ -29,7 +30,7 @@ def entries(**fields):
 
 @contextlib.contextmanager
 def configured(server, *lines, drop_in=None):
-    """Add keys, `section.key = value`, to the configuration for a while, and a drop-in to the API's unit."""
+    """Add keys, `section.key = value`, to the configuration, and a drop-in to the API's unit, for `as_installed`."""
     before = CONFIG.read_text()
     text = before
     for line in lines:
@@ -43,8 +44,14 @@ def configured(server, *lines, drop_in=None):
             yield
     finally:
         CONFIG.write_text(before)
-        systemctl("restart", API)
-        answers(server)
+
+
+@pytest.fixture(scope="module")
+def as_installed(server):
+    """Afterwards, what was configured for a while is no longer in force."""
+    yield
+    systemctl("restart", API)
+    answers(server)
 
 
 @contextlib.contextmanager
@@ -188,7 +195,7 @@ def test_an_error_stops_the_start_and_systemd_does_not_try_for_ever(server):
     answers(server, 120)
 
 
-def test_redis_is_asked_by_the_probe_since_this_daemon_may_not_connect(server):
+def test_redis_is_asked_by_the_probe_since_this_daemon_may_not_connect(server, as_installed):
     with configured(server, 'redis.url = "redis://:s3cret@127.0.0.1:6379"'):
         says(checks(server)["redis_auth"], "warning", "ECONNREFUSED", "IPAddressAllow=127.0.0.1")
         with redis():
@@ -201,7 +208,7 @@ def test_redis_is_asked_by_the_probe_since_this_daemon_may_not_connect(server):
     assert "s3cret" not in run("journalctl", "--unit=blockyard-*", "--quiet").stdout
 
 
-def test_a_drop_in_lets_the_api_ask_redis_itself_where_workers_are_kept_from_it(server):
+def test_a_drop_in_lets_the_api_ask_redis_itself_where_workers_are_kept_from_it(server, as_installed):
     text = "[Service]\nRestrictAddressFamilies=AF_INET AF_INET6\nIPAddressAllow=127.0.0.1\n"
     lines = ('redis.url = "redis://127.0.0.1:6379"', 'process.network = "none"')
     with configured(server, *lines, drop_in=text), redis():
