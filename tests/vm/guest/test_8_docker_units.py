@@ -17,7 +17,9 @@ def boxed(server):
     """An app that wants to be a container; the helper's socket is switched on as docs/backends.md says."""
     run("groupadd", "--force", "--system", "docker")
     systemctl("enable", "--now", SOCKET)
-    server.deploy("boxed", simple_app(), backend="docker")
+    server.deploy("boxed", simple_app())
+    # Its start takes longer than the API waits for an answer, where the machine is emulated.
+    wait_for(lambda: server.http.patch("/api/v1/apps/boxed", json={"backend": "docker"}).status_code == 200, 60, HELPER)
     yield "boxed"
     server.http.delete("/api/v1/apps/boxed")
     systemctl("disable", "--now", SOCKET, HELPER)
