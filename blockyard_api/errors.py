@@ -94,8 +94,6 @@ class OutOfSpace(BlockyardError):
 class NotStarted(BlockyardError):
     """The start-up checks found errors; `passing` says that each is of a kind that may be over in a moment."""
 
-    status = 503
-
     def __init__(self, code: str, message: str, *, passing: bool) -> None:
         super().__init__(code, message)
         self.passing = passing

@@ -30,7 +30,10 @@ log = logging.getLogger("blockyard_api")
 async def serve(configured: Settings) -> None:
     """Serve until told to stop. Raises NotStarted if the start-up checks found errors."""
     if failed := await _until_stopped(configured):
-        raise _not_started(failed)
+        found = " ".join(f"{result.name}: {result.fact} {result.remedy}" for result in failed)
+        otherwise = "To start all the same: server.skip_preflight = true."
+        sentence = f"not started, since checks found errors. {found} {otherwise}"
+        raise NotStarted("checks_failed", sentence, passing=all(result.passing for result in failed))
 
 
 async def _until_stopped(configured: Settings) -> list[Result]:
@@ -78,12 +81,6 @@ async def _until_stopped(configured: Settings) -> list[Result]:
             watching.cancel()
             await serving
     return []
-
-
-def _not_started(failed: list[Result]) -> NotStarted:
-    found = " ".join(f"{result.name}: {result.fact} {result.remedy}" for result in failed)
-    sentence = f"not started, since checks found errors. {found} To start all the same: server.skip_preflight = true."
-    return NotStarted("checks_failed", sentence, passing=all(result.passing for result in failed))
 
 
 async def _checked(checks: Checks) -> Run:

@@ -74,6 +74,12 @@ def active(server, app):
     return wait_for(lambda: server.workers(app, "active"), 120, f"an active worker of {app}")
 
 
+def switch_off(server, app, within=60):
+    """Disable an app, and wait for the end of all its workers."""
+    assert server.http.post(f"/api/v1/apps/{app}/disable").status_code == 200
+    wait_for(lambda: not server.workers(app), within, f"the end of {app}")
+
+
 @contextlib.contextmanager
 def dropped_in(name, text):
     """Put a drop-in in place for a while; to restart what it is for is the caller's."""

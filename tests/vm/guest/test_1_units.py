@@ -19,10 +19,11 @@ from machine import (
     dropped_in,
     knob,
     run,
+    switch_off,
     systemctl,
     unit,
 )
-from running_pair import simple_app, wait_for
+from running_pair import simple_app
 
 LIMITS = {"api": 1.5, "spawner": 4.3}  # systemd-analyze's exposure levels; both have been reached
 
@@ -108,8 +109,7 @@ def test_a_worker_lives_in_the_delegated_subtree_with_its_own_limits(server, lim
 
 
 def test_the_audit_tells_who_was_started_when_as_which_uid_and_how_it_ended(server, limited):
-    server.http.post(f"/api/v1/apps/{limited}/disable")
-    wait_for(lambda: not server.workers(limited), 60, "its end")
+    switch_off(server, limited)
     spawned, stopped, ended = audit(app=limited)
     assert [entry["BLOCKYARD_RESULT"] for entry in (spawned, stopped, ended)] == ["ok", "ok", "stopped"]
     for entry in (spawned, stopped, ended):

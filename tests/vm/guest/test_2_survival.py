@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from machine import active, answers, audit, kill_main, r_process, systemctl, unit
+from machine import active, answers, audit, kill_main, r_process, switch_off, systemctl, unit
 from running_pair import PATIENCE, read_until_closed, simple_app, wait_for
 from websockets.exceptions import ConnectionClosed
 
@@ -104,7 +104,6 @@ def test_no_line_of_its_log_was_lost_meanwhile(stay):
 
 
 def test_a_worker_that_was_taken_over_is_asked_to_end_like_any_other(server, stay):
-    assert server.http.post("/api/v1/apps/kept/disable").status_code == 200
-    wait_for(lambda: not server.workers("kept"), 60, "its end")
+    switch_off(server, "kept")
     assert "put away" in stay.log()
     assert audit(worker=stay.worker)[-1]["BLOCKYARD_RESULT"] == "stopped"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from inside import SEARCH, assert_walked_and_found_what_is_allowed, canary, look, walk
-from machine import DAEMONS, answers, as_user, hit, noted, run, systemctl, unit
+from machine import DAEMONS, answers, as_user, hit, noted, run, switch_off, systemctl, unit
 from running_pair import simple_app, wait_for
 
 RUNTIME = "/run/blockyard/workers"
@@ -23,12 +23,7 @@ def running(server, name, action, files=(), **settings):
         with server.visitor().shiny(name):
             yield server.runtime(name)["workers"][0]["id"]
     finally:
-        switch_off(server, name)
-
-
-def switch_off(server, name):
-    server.http.post(f"/api/v1/apps/{name}/disable")
-    wait_for(lambda: not server.workers(name), 120, f"the end of {name}")
+        switch_off(server, name, within=120)
 
 
 def test_a_full_tmp_and_too_many_open_files_are_explained(server):

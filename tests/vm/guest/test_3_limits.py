@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from machine import DAEMONS, active, audit, cores_used, hit, knob, noted, processes_of, shown, unit
+from machine import DAEMONS, active, audit, cores_used, hit, knob, noted, processes_of, shown, switch_off, unit
 from running_pair import read_until_closed, simple_app, wait_for
 from websockets.exceptions import ConnectionClosed
 
@@ -79,8 +79,7 @@ def test_a_fork_bomb_stops_at_its_process_limit_and_ends_with_its_worker(server,
         assert sentence in hit(server, "bomb")
         shown(server, "bomb", sentence)
         sibling()
-    server.http.post("/api/v1/apps/bomb/disable")
-    wait_for(lambda: not server.workers("bomb"), 120, "its end")
+    switch_off(server, "bomb", within=120)
     assert processes_of(uid) == []
 
 
@@ -95,5 +94,4 @@ def test_a_spinner_gets_its_share_of_a_core_and_no_more(server, sibling):
         noted(server, "spinner", f"worker {sentence}")
         assert [words for words in hit(server, "spinner") if re.fullmatch(sentence, words)]
         shown(server, "spinner", sentence)
-    server.http.post("/api/v1/apps/spinner/disable")
-    wait_for(lambda: not server.workers("spinner"), 60, "its end")
+    switch_off(server, "spinner")

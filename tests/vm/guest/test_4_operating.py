@@ -8,7 +8,7 @@ from contextlib import suppress
 import httpx
 from conftest import STATE
 from documented import block
-from machine import active, answers, audit, by, r_process, run, systemctl, unit
+from machine import active, answers, audit, by, r_process, run, switch_off, systemctl, unit
 from running_pair import simple_app, wait_for
 
 PORTS = (8080, 8081)
@@ -43,8 +43,7 @@ def test_no_connection_is_refused_while_the_api_restarts(server):
 
 
 def test_a_visitor_is_served_although_the_spawner_was_stopped(server, plain):
-    server.http.post(f"/api/v1/apps/{plain}/disable")
-    wait_for(lambda: not server.workers(plain), 60, "the end of all its workers")
+    switch_off(server, plain)  # who comes next needs a worker, and so the spawner
     server.http.post(f"/api/v1/apps/{plain}/enable")
     systemctl("stop", "blockyard-spawner.socket", "blockyard-spawner.service")
     assert unit("blockyard-spawner.service", "ActiveState") == "inactive"

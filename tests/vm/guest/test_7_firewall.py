@@ -332,6 +332,7 @@ def test_the_firewalls_unit_keeps_workers_in_as_long_as_there_are_any(curious, s
     systemctl("start", "blockyard-workers")  # which waits for the rules
     assert rules_in_force() == before
     assert curious.is_kept_in()
+    assert_everybody_else_is_free()
     systemctl("disable", "--now", "blockyard-firewall")
     assert unit("blockyard-workers.service", "ActiveState") == "active"
     assert not curious.is_kept_in()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from machine import WORKERS, active, answers, as_user, by, r_process, run, systemctl, unit
+from machine import WORKERS, active, answers, as_user, by, checks, r_process, run, switch_off, systemctl, unit
 from running_pair import simple_app, wait_for
 
 TARGET = Path("/etc/apparmor.d/blockyard")
@@ -48,16 +48,9 @@ def restart_spawner(server):
 
 def visit_anew(server, app):
     """Have the app start a worker, and return what its visitor is answered."""
-    server.http.post(f"/api/v1/apps/{app}/disable")
-    wait_for(lambda: not server.workers(app), 60, "its end")
+    switch_off(server, app)
     server.http.post(f"/api/v1/apps/{app}/enable")
     return server.visitor().get(f"/app/{app}/")
-
-
-def user_namespaces(server):
-    """What the check says of them now."""
-    found = server.http.post("/api/v1/system/checks/run").json()["checks"]
-    return next(check for check in found if check["name"] == "user_namespaces")
 
 
 @pytest.fixture
@@ -107,7 +100,7 @@ def test_what_a_profile_of_the_host_denies_to_bwrap_workers_have_by_ours(server,
     log = server.http.get(f"/api/v1/apps/{busy}/logs").text
     show(f"denied: {refused.status_code}, {log.strip().splitlines()[-2:]}")
     assert "Permission denied" in log
-    found = user_namespaces(server)
+    found = checks(server)["user_namespaces"]
     assert found["severity"] == "error"
     assert "by admin install-apparmor" in found["remedy"]
 
@@ -120,7 +113,7 @@ def test_what_a_profile_of_the_host_denies_to_bwrap_workers_have_by_ours(server,
     served = visit_anew(server, busy)
     assert served.status_code == 200, served.text
     assert "all of it worked" in served.text
-    assert user_namespaces(server)["severity"] == "ok"
+    assert checks(server)["user_namespaces"]["severity"] == "ok"
     (worker,) = active(server, busy)
     assert label(r_process(worker["id"])) == "blockyard (enforce)"
 
